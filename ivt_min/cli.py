@@ -1,15 +1,15 @@
-"""The `ivt_min` command: a look at the embedded model, without a network and without settings."""
+"""The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse
 import sys
 
 from ivt_min.core import data_path, read_json, rng
 
 
-def demo(out='ivt_min_demo.jpg', n=6):
-    """Ground `n` scenes outside the model's training, print box and IoU, and write a picture."""
-    from ivt_min.answer import ground
+def demo(out, n, model):
+    """Refine boxes in `n` scenes outside the model's training, print each IoU, write a picture."""
     from ivt_min.boxes import iou, to_permille
     from ivt_min.core import Sample
+    from ivt_min.loop import Loop, model_policy, rollout
     from ivt_min.model import load
     from ivt_min.render import show
     from ivt_min.scenes import DIALECTS, SIDE, draw_scene
@@ -18,31 +18,56 @@ def demo(out='ivt_min_demo.jpg', n=6):
         image, things, [(text, k)] = draw_scene(DIALECTS[i % 3], rng('demo', i))
         truth = to_permille(things[k].box, SIDE, SIDE)
         samples.append(Sample(f'demo-{i}', DIALECTS[i % 3], text, truth, image))
-    found = ground(load(), samples)
-    for t in found:
-        box = t.boxes[0] and [round(v) for v in t.boxes[0]]
-        print(f'IoU {iou(t.boxes[0], t.truth):.2f}  box {box}  {t.expression}')
-    truths, boxes = [s.truth for s in samples], [t.boxes[0] for t in found]
-    texts = [s.expression for s in samples]
-    show([s.image for s in samples], texts, truths, boxes, 3, 768).save(out)
-    print(f'wrote {out}: the truth is green, the model\'s box red')
+    episodes = rollout(model_policy(load(model), Loop()), samples)
+    for e in episodes:
+        scores = ' -> '.join(f'{iou(b, e.sample.truth):.2f}' for b in e.boxes)
+        print(f'IoU {scores}  {e.sample.expression}')
+    steps = [(e, t) for e in episodes for t in range(len(e.boxes))]
+    texts = [f'step {t}' if t else e.sample.expression for e, t in steps]
+    show([e.image for e, _ in steps], texts, [e.sample.truth for e, _ in steps],
+         [e.boxes[t] for e, t in steps], 3, 256 * max(3, n)).save(out)
+    print(f"wrote {out}: a row a scene; the truth is green, the model's box red")
 
 
 def results():
     """Print the stored results of the test split."""
     from ivt_min.evaluate import table
     path = data_path('runs/results.json')
-    if path.exists(): print(f'\n{table(read_json(path))}')
+    if path.exists():
+        shown = ('step 0', 'last', 'label-free', 'oracle')
+        print(f'\n{table([r for r in read_json(path) if r["column"] in shown])}')
+
+
+def refine(args):
+    """Refine one box, print every step in pixels, write a picture."""
+    from ivt_min.loop import refine
+    try: found = refine(args.image, args.expression, args.model, args.steps)
+    except (ValueError, OSError) as e: return f'ivt_min: {e}'
+    for t, step in enumerate(found.steps):
+        box = step.box and [round(v, 1) for v in step.box]
+        sure = '' if step.confidence is None else f', confidence {step.confidence:.3f}'
+        print(f'step {t}: {box} px{sure}{step.note and f" ({step.note})"}')
+    found.picture.save(args.out)
+    print(f'final: {found.final and [round(v, 1) for v in found.final]} px; wrote {args.out}')
 
 
 def main(argv=None):
     """Entry point; without arguments the demo and the results table."""
     parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
     parser.add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
-    parser.add_argument('-n', type=int, default=6, help='number of scenes')
+    parser.add_argument('--model', help='folder or hub name; by default the embedded tiny model')
+    parser.add_argument('-n', type=int, default=4, help='number of scenes')
+    commands = parser.add_subparsers(dest='command')
+    one = commands.add_parser('refine', help='refine the box of one picture')
+    one.add_argument('image', help='path of a picture')
+    one.add_argument('expression', help='what to look for, in words')
+    one.add_argument('--model', help='folder or hub name; by default the embedded tiny model')
+    one.add_argument('--steps', type=int, default=2, help='refinements after the first answer')
+    one.add_argument('--out', default='film.png', help='picture to write')
     args = parser.parse_args(argv)
+    if args.command: return refine(args)
     if args.n < 1: parser.error('-n must be at least 1')
-    demo(args.out, args.n)
+    demo(args.out, args.n, args.model)
     results()
 
 

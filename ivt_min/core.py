@@ -35,6 +35,7 @@ class Trajectory:
     boxes: list         # one a step: a box in permille, or None where the answer had none
     logps: list         # one a step: mean log-probability of the box's tokens, or None
     texts: list         # one a step: the answer as written
+    notes: list = field(default_factory=list)   # one a step: what was wrong with it, or ''
 
 # %% ../nbs/00_core.ipynb #504a2305
 def _floats(v, n):
@@ -45,8 +46,8 @@ def _floats(v, n):
 
 def to_row(t):  # a Trajectory
     "A trajectory as a dict for JSON; raises ValueError where it is malformed."
-    if not len(t.boxes) == len(t.logps or t.boxes) == len(t.texts or t.boxes):
-        raise ValueError(f'{t.id}: boxes, logps and texts differ in length')
+    if any(len(v) != len(t.boxes) for v in (t.logps, t.texts, t.notes) if v):
+        raise ValueError(f'{t.id}: its lists differ in length')
     boxes = [_floats(b, 4) for b in t.boxes]
     logps = [p if p is None else _floats([p], 1)[0] for p in t.logps]
     return {**asdict(t), 'truth': _floats(t.truth or (), 4), 'boxes': boxes, 'logps': logps}

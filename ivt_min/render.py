@@ -113,7 +113,8 @@ def show(
     n = len(images)
     cols = cols or min(n, 3 if n < 10 else 5)
     rows = math.ceil(n / cols)
-    lines = [textwrap.wrap(str(t or ''), side // cols // 5)[:4] for t in titles or [''] * n]
+    wide = max(8, min(side // cols, side // rows) // 5)
+    lines = [textwrap.wrap(str(t or ''), wide)[:4] for t in titles or [''] * n]
     below = 12 * max(map(len, lines)) + 2
     cell = max(8, min(side // cols, side // rows - below))
     font = ImageFont.load_default(10)

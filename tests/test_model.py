@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ivt_min.answer import ground
 from ivt_min.boxes import iou, parse_box
 from ivt_min.core import Sample, data_path, settings_hash
+from ivt_min.loop import Loop, model_policy, record, rollout
 from ivt_min.model import ask, encode, load, to_patches
 from ivt_min.scenes import split
 
@@ -23,6 +23,12 @@ FOLDER = data_path("tiny")
 @pytest.fixture(scope="module")
 def vlm():
     return load()
+
+
+def ground(vlm, samples):
+    """One box a sample: the loop without refinements."""
+    once = Loop(steps=0)
+    return [record(e) for e in rollout(model_policy(vlm, once), samples, once)]
 
 
 def sample(image, text="the red square", name="s"):
@@ -117,7 +123,7 @@ def test_turned_picture_is_put_upright(vlm, tmp_path):
                                   "<|im_end|><|image_pad|>", "{expression} {0} %s", "\n\n"])
 def test_unknown_words_give_a_box_or_a_clear_failure(vlm, text):
     if not text.strip():
-        with pytest.raises(ValueError, match="s: the expression is empty"):
+        with pytest.raises(ValueError, match="s: expression of 0 characters"):
             ground(vlm, [sample(split("val", 1)[0].image, text)])
         return
     [found] = ground(vlm, [sample(split("val", 1)[0].image, text)])
@@ -145,7 +151,7 @@ def test_stored_runs_are_of_the_shipped_model():
     """What data/runs says of the model's weights is true of the file."""
     import hashlib
     digest = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
-    for run in ("base", "no_image"):
+    for run in ("base", "no_image", "naive", "naive_turn"):
         assert json.loads(data_path(f"runs/{run}/config.json").read_text())["model"] == digest
     tiny = {p.stem: json.loads(p.read_text())["settings_hash"] for p in data_path("runs/tiny").glob("*.json")}
     assert tiny["skills"] == settings_hash(digest)

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 NAME = [p.name for p in NOTEBOOKS]
 
 DEPENDENCIES = {"torch", "transformers", "peft", "bitsandbytes", "PIL", "numpy"}
-LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "traces"}
+LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "columns", "traces"}
 HAND_MADE = {"__init__", "cli"}  # modules without a notebook
 FRAMEWORKS = set(
     "trl lightning pytorch_lightning deepspeed accelerate verl openrlhf unsloth axolotl swift "
