@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from transformers.utils import logging
 from .core import Sample, Trajectory, rng
-from .boxes import parse_box, to_pixels
+from .boxes import iou, parse_box, to_pixels
 from .render import draw_box, filmstrip, open_image
 from .model import VLM, Dialogue, _marks, encode, image_tokens, load, to_patches
 from .answer import Turn, answer, closed, question
@@ -109,7 +109,8 @@ def go_on(
     "The dialogue after a turn and the picture with its box."
     turn, seen = episode.turns[-1], to_patches(vlm, picture(loop, episode))
     words = loop.words.replace('{expression}', episode.sample.expression.strip())
-    words = encode(vlm, words if episode.drawn[-1] else loop.missing + words)
+    box = episode.drawn[-1]     # nothing is drawn where it has no area
+    words = encode(vlm, words if iou(box, box) else loop.missing + words)
     before, after = dict(prefix=('\n', ''), turn=(
         '<|im_end|>\n<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n'))[loop.form]
     said = turn.ids[:-1] if turn.end == 'stop' else turn.ids

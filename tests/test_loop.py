@@ -122,9 +122,10 @@ def test_no_answer_breaks_the_loop(texts):
 
 def test_nothing_drawn_is_said(vlm):
     loop, sample = Loop(max_tokens=6), split("val", 1)[0]
-    episodes = [rollout(model_policy(vlm, loop), [sample], loop, drawing(w))[0] for w in ("none", "truth")]
+    ways = "none", "truth", {sample.id: (5, 5, 5, 9)}
+    episodes = [rollout(model_policy(vlm, loop), [sample], loop, drawing(w))[0] for w in ways]
     said = [vlm.tokenizer.decode(transcript(vlm, loop, e).dialogue.ids) for e in episodes]
-    assert [s.count(loop.missing.strip()) for s in said] == [2, 0]
+    assert [s.count(loop.missing.strip()) for s in said] == [2, 0, 2]
 
 
 def test_refine_is_one_function_and_takes_any_picture(vlm, tmp_path):
