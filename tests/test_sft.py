@@ -1,0 +1,397 @@
+"""SFT: the loop's own ids, a gradient that knows no batches, a run that survives being killed."""
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from peft import PeftModel
+
+from ivt_min import sft
+from ivt_min.answer import Turn, question, score
+from ivt_min.boxes import format_box
+from ivt_min.core import data_path, read_json, read_jsonl
+from ivt_min.loop import Loop, go_on, model_policy, refine, rollout
+from ivt_min.model import encode, load
+from ivt_min.scenes import split
+from ivt_min.sft import SFT, add_lora, last_checkpoint, make_row, save_adapter, train_sft
+from ivt_min.tokens import transcript
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = SFT(rank=4, alpha=4, batch=3, micro=2, steps=4, warmup=1, every=2, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Pairs of a sample of the training split and its trace."""
+    few = {x.id: x for x in split("train", 120)}
+    rows = read_jsonl(data_path("runs/traces.jsonl"))
+    return [(few[r["id"]], r) for r in rows if r["id"] in few][:8]
+
+
+def singles(n):
+    return [(x, None) for x in split("train", n)]
+
+
+def fresh(s, name="x"):
+    vlm = load(device="cpu")
+    return vlm, add_lora(vlm, name, s)
+
+
+# ---- what is learned
+
+@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize("form", ["prefix", "turn"])
+def test_a_rollout_of_the_same_ids_stands_in_the_same_context(vlm, traced, form, words):
+    """Ids and pixels before each turn, though the targets of a trace are no whole permille."""
+    s = replace(TINY, loop=Loop(form=form, max_tokens=96), words=words)
+    for sample, trace in traced[:3]:
+        assert any(v % 1 for b in trace["targets"] for v in b)
+        texts, asked = [format_box(trace["box"])], []
+        for t, b in zip(trace["texts"], trace["targets"]):
+            texts.append((f"{t} " if words else "") + format_box(b))
+
+        def policy(episodes, memory=None):
+            [e], t = episodes, texts[len(episodes[0].turns)]
+            asked.append(go_on(vlm, s.loop, asked[-1], e) if asked else question(vlm, sample))
+            return [Turn(tuple(encode(vlm, t)), (), t, end="box")], None
+
+        row = make_row(vlm, s, sample, trace)
+        rollout(policy, [sample], s.loop)
+        end = len(asked[-1].ids) + len(encode(vlm, texts[-1]))
+        assert len(row.dialogue.ids) == len(row.mask) == end
+        for d, t in zip(asked, texts):
+            at = slice(len(d.ids), len(d.ids) + len(encode(vlm, t)))
+            assert d.ids == row.dialogue.ids[:at.start]
+            assert row.dialogue.ids[at] == tuple(encode(vlm, t))
+            assert set(row.mask[at]) == {int(t is not texts[0])}
+        pairs = zip(asked[-1].pictures, row.dialogue.pictures, strict=True)
+        assert all(torch.equal(a.patches, b.patches) for a, b in pairs)
+        assert sum(row.mask) == sum(len(encode(vlm, t)) for t in texts[1:])
+
+
+def test_what_the_model_itself_said_becomes_the_row_of_its_transcript(vlm):
+    loop, same = Loop(), 0
+    for e in rollout(model_policy(vlm, loop), split("train", 8), loop):
+        if any(b is None for b in e.boxes): continue
+        texts = [format_box(b) for b in e.boxes]
+        if [tuple(encode(vlm, t)) for t in texts] != [t.ids for t in e.turns]: continue
+        trace = dict(box=e.boxes[0], targets=e.boxes[1:], texts=["", ""])
+        row = make_row(vlm, replace(TINY, loop=loop, words=False), e.sample, trace)
+        whole = transcript(vlm, loop, e)
+        assert row.dialogue.ids == whole.dialogue.ids
+        assert sum(row.mask) == sum(whole.mask) - len(e.turns[0].ids)
+        same += 1
+    assert same >= 4
+
+
+SPECIAL = st.sampled_from(["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "{expression}", "a "])
+WORDS = [st.lists(SPECIAL, min_size=1), st.lists(SPECIAL | st.text(), max_size=4)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(*WORDS)
+def test_special_tokens_in_words_are_characters(vlm, traced, expression, text):
+    (sample, trace), s = traced[0], replace(TINY, loop=Loop(max_tokens=400))
+    asked = replace(sample, expression="".join(expression))
+    told = dict(trace, texts=["".join(text)] * 2)
+    try: row = make_row(vlm, s, asked, told)
+    except ValueError: return       # refused, because the loop would stop in the middle
+    ids = vlm.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|im_end|>"])
+    assert [row.dialogue.ids.count(i) for i in ids] == [48, 3, 1]
+    said = [i for i, m in zip(row.dialogue.ids, row.mask) if m]
+    assert not set(said) & {i for i, t in vlm.tokenizer.added_tokens_decoder.items() if t.special}
+
+
+@pytest.mark.parametrize("texts", [["[1, 2, 3, 4]", ""], ["bbox: 1, 2, 3, 4.", ""], ["``` Up.", ""],
+                                   ["{", ""], ["word " * 99, ""]])
+def test_a_text_that_the_loop_would_not_read_so_is_refused(vlm, traced, texts):
+    sample, trace = traced[0]
+    with pytest.raises(ValueError, match=f"{sample.id}: the loop would cut or misread"):
+        make_row(vlm, TINY, sample, dict(trace, texts=texts))
+
+
+# ---- the adapter and the loss
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_only_what_was_asked_for_moves_and_pictures_are_seen_once(tmp_path, monkeypatch, vision):
+    s, seen = replace(TINY, vision=vision, steps=1), []
+    vlm, params = fresh(s)
+    before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
+    inner = vlm.model.model.get_image_features
+
+    def spy(patches, grids):
+        out = inner(patches, grids)
+        seen.extend([out.pooler_output[0].requires_grad] * len(grids))
+        return out
+
+    monkeypatch.setattr(vlm.model.model, "get_image_features", spy)
+    assert any("visual" in n for n in params) == vision
+    assert all(p.dtype == torch.float32 for p in params.values())
+    train_sft(vlm, params, singles(3), s, tmp_path)
+    assert seen == [vision] * 3         # a frozen tower leaves no graph
+    moved = {n for n, p in vlm.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in params if "lora_B" in n}    # A follows when B is no longer zero
+    save_adapter(vlm, "x", tmp_path / "x", s.loop)
+    ours, base = load(tmp_path / "x", device="cpu"), load(device="cpu")
+    peft = PeftModel.from_pretrained(base.model, tmp_path / "x").base_model.model
+    row = make_row(vlm, s, *singles(1)[0])
+    with torch.no_grad():
+        a, b, mine, none = (score(v, [row.dialogue], [row.mask]) for v in (
+            ours, replace(base, model=peft), vlm, load(device="cpu")))
+    assert torch.equal(a, b) and not torch.equal(a, none)
+    assert (a - mine).abs().max() < .1 * (mine - none).abs().max()      # rounded to bf16
+
+
+def test_the_first_weights_are_seeded_and_nobody_else_notices():
+    states = [torch.get_rng_state()]
+    sets = [fresh(replace(TINY, seed=k))[1] for k in (0, 0, 1)]
+    states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    same = [all(map(torch.equal, sets[0].values(), p.values())) for p in sets]
+    assert same == [True, True, False]
+    assert all((p == 0).all() == ("lora_B" in n) for n, p in sets[0].items())
+
+
+def test_a_second_adapter_leaves_the_first_alone():
+    vlm, first = fresh(TINY, "layers")      # a name that stands in every weight's name
+    second = add_lora(vlm, "two", TINY)
+    assert len(first) == len(second) == 56 and not set(first) & set(second)
+    assert not any(p.requires_grad for p in first.values())
+
+
+def test_micro_batches_do_not_change_what_is_learned(tmp_path):
+    """Two updates in double precision; rows of several lengths, with and without a trace."""
+    ends = []
+    for micro in (1, 2, 4):
+        vlm, params = fresh(TINY)
+        vlm.model.double()
+        s = replace(TINY, batch=4, micro=micro, steps=2)
+        train_sft(vlm, params, singles(4), s, tmp_path / str(micro))
+        ends.append(torch.cat([p.flatten() for p in params.values()]))
+    assert ends[0].dtype == torch.float64
+    assert max((e - ends[0]).abs().max() for e in ends) <= 1e-9    # Adam divides by small numbers
+
+
+def test_the_adapter_of_a_loaded_adapter_goes_back_to_the_same_base(tmp_path):
+    vlm, _ = fresh(TINY)
+    save_adapter(vlm, "x", tmp_path / "x", Loop(form="turn", words="Again: {expression}", steps=1))
+    again = load(tmp_path / "x", device="cpu")
+    add_lora(again, "two", TINY)
+    save_adapter(again, "two", tmp_path / "two", Loop())
+    assert [read_json(tmp_path / n / "ivt.json")["base"] for n in ("x", "two")] == [None, None]
+    config = read_json(tmp_path / "two" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "tiny" and config["inference_mode"]
+    assert not again.model.peft_config["two"].inference_mode    # the one in memory is as it was
+    found = refine(split("train", 1)[0].image, "the star", str(tmp_path / "x"), steps=1)
+    assert len(found.steps) == 2
+
+
+# ---- NF4, for real
+
+def test_nf4_learns_on_the_cpu_and_a_rollout_takes_no_gradient_away(tmp_path):
+    vlm, s = load(nf4=True, device="cpu"), replace(TINY, nf4=True)
+    params = add_lora(vlm, "x", s)
+    assert "Linear4bit" in {type(m).__name__ for m in vlm.model.modules()}
+    assert not any("visual" in n for n in params)
+    rows = [make_row(vlm, s, *x) for x in singles(2)]
+    with torch.no_grad():
+        for p in params.values(): p.add_(.01)
+
+    def gradient():
+        vlm.model.zero_grad()
+        sft.sft_loss(vlm, rows, sum(sum(r.mask) for r in rows)).backward()
+        return {n: p.grad.clone() for n, p in params.items()}
+
+    before = gradient()
+    rollout(model_policy(vlm, s.loop), split("train", 2), s.loop)
+    after = gradient()
+    assert all(g.abs().sum() > 0 for g in before.values())
+    assert all(torch.equal(after[n], g) for n, g in before.items())
+    log = train_sft(vlm, params, singles(3), s, tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"]
+    with pytest.raises(ValueError): train_sft(vlm, params, singles(3), TINY, tmp_path / "full")
+
+
+# ---- the run
+
+def poison(monkeypatch, steps, with_loss):
+    """Makes the loss, or nothing but its gradient, NaN in these updates of one micro-batch each."""
+    inner, count = sft.sft_loss, iter(range(99))
+
+    def loss(*args):
+        bad, out = next(count) in steps, inner(*args)
+        if bad and with_loss: return out * math.nan
+        if bad: out.register_hook(lambda g: g * math.nan)
+        return out
+
+    monkeypatch.setattr(sft, "sft_loss", loss)
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_poisoned_updates_are_skipped_and_counted(tmp_path, monkeypatch, with_loss):
+    s, (vlm, params) = replace(TINY, batch=1, steps=6, every=3), fresh(TINY)
+    poison(monkeypatch, {1, 2, 4}, with_loss)
+    log = train_sft(vlm, params, singles(2), s, tmp_path)
+    assert [r["loss"] is None for r in log] == [False, True, True, False, True, False]
+    assert all((r["norm"] is None) == (r["loss"] is None) for r in log)
+    assert all(p.isfinite().all() for p in params.values())
+    digest = read_json(tmp_path / "000006" / "manifest.json")["settings_hash"]
+    step, tensors, _ = last_checkpoint(tmp_path, digest)
+    assert step == 6 and all(v.isfinite().all() for v in tensors.values())
+    assert {int(v) for n, v in tensors.items() if n.startswith("step|")} == {3}
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_three_in_a_row_stop_the_run_also_across_a_checkpoint(tmp_path, monkeypatch, with_loss):
+    s, (vlm, params) = replace(TINY, batch=1, steps=6, every=1), fresh(TINY)
+    poison(monkeypatch, {0, 1, 2}, with_loss)
+    with pytest.raises(ValueError, match="update 2: loss .*, 3 in a row"):
+        train_sft(vlm, params, singles(2), s, tmp_path)
+    poison(monkeypatch, {0}, with_loss)     # gone on: two of the three stand in the checkpoint
+    with pytest.raises(ValueError, match="update 2"):
+        train_sft(vlm, params, singles(2), s, tmp_path)
+
+
+def test_the_log_on_disk_may_be_torn(tmp_path):
+    vlm, params = fresh(TINY)
+    log = train_sft(vlm, params, singles(3), replace(TINY, steps=2), tmp_path / "a")
+    path = tmp_path / "a" / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert train_sft(vlm, params, singles(3), replace(TINY, steps=2), tmp_path / "a") == log
+    assert read_jsonl(path) == log
+
+
+def test_another_run_does_not_go_on_from_it(tmp_path):
+    vlm, params = fresh(TINY)
+    train_sft(vlm, params, singles(3), TINY, tmp_path)
+    shifted = [(replace(x, truth=(0., 0., 9., 9.)), t) for x, t in singles(3)]
+    for lessons, s in ((shifted, TINY), (singles(2), TINY), (singles(3), replace(TINY, lr=1.)),
+                       (singles(3), replace(TINY, loop=Loop(words=" ")))):
+        with pytest.raises(ValueError, match="another run"):
+            train_sft(vlm, params, lessons, s, tmp_path)
+    with torch.no_grad(): vlm.model.model.language_model.norm.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="another run"):
+        train_sft(vlm, params, singles(3), TINY, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "manifest.json"])
+@pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
+def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
+    for k in (1, 2, 3):
+        tensors = dict(x=torch.full((9,), float(k)))
+        sft.save_checkpoint(tmp_path, k, tensors, dict(settings_hash="s"))
+    path = tmp_path / "000003" / name
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "cut": path.write_bytes(data[:len(data) // 2])
+    if harm == "flipped": path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    step, tensors, _ = last_checkpoint(tmp_path, "s")
+    assert step == 2 and tensors["x"].tolist() == [2] * 9
+
+
+# ---- killed
+
+RUN = r"""
+import os, random, select, shutil, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ivt_min import sft
+from ivt_min.model import load
+from ivt_min.scenes import split
+from ivt_min.core import write_json
+
+home, vlm = Path(sys.argv[1]), load(device="cpu")
+s = sft.SFT(rank=4, alpha=4, batch=3, micro=2, steps=10, warmup=2, every=2, lr=3e-3)
+params, lessons = sft.add_lora(vlm, "x", s), [(x, None) for x in split("train", 7)]
+dice = random.Random(0)
+
+def slow(pipe):
+    "A checkpoint's write stops at five places, says so, and may be killed there."
+    def stop(stage): os.write(pipe, stage), time.sleep(.02)
+    write, replace, remove, put = Path.write_bytes, os.replace, shutil.rmtree, write_json
+    def write_bytes(path, data):
+        write(path, data[:len(data) // 2]); stop(b"t"); write(path, data)
+    def write_state(path, obj): stop(b"m"); put(path, obj)
+    def rename(a, b):
+        if Path(a).is_dir(): stop(b"r"); replace(a, b); stop(b"n")
+        else: replace(a, b)
+    def rmtree(path, **kw):
+        some = [*Path(path).iterdir()][:1] if Path(path).exists() else []
+        for p in some: p.unlink(); stop(b"o")
+        remove(path, **kw)
+    Path.write_bytes, sft.write_json = write_bytes, write_state
+    os.replace, shutil.rmtree = rename, rmtree
+
+def start(folder):
+    "Train in a child; its id, and a pipe that tells the stages of its writes."
+    out, pipe = os.pipe()
+    child = os.fork()
+    if child: os.close(pipe); return child, out
+    status = 1
+    try:
+        os.close(out)
+        if folder.name != "whole": slow(pipe)
+        sft.train_sft(vlm, params, lessons, s, folder)
+        sft.save_adapter(vlm, "x", folder/"x", s.loop)
+        status = 0
+    except BaseException as e: print(repr(e), flush=True)
+    finally: os._exit(status)
+
+def end(child, out, after=None, stage=None):
+    "Kill it after a time or a number of stages, or let it end; the stages told, and if it ended."
+    told, until = "", time.time() + (after or 60)
+    while (left := until - time.time()) > 0:
+        new = os.read(out, 1) if select.select([out], [], [], left)[0] else b""
+        told += new.decode()
+        if not new: break
+        if len(told) == stage: until = time.time() + dice.uniform(0, .02)
+    if after or stage: os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    os.close(out)
+    assert status in (0, signal.SIGKILL), status
+    return told, status == 0
+
+def files(folder):
+    "What a run leaves."
+    names = ["log.jsonl", "000010/tensors.safetensors", "000010/manifest.json"]
+    names += ["x/" + p.name for p in sorted((home/"whole"/"x").iterdir())]
+    return {n: (folder/n).read_bytes() for n in names}
+
+t = time.time()
+assert end(*start(home/"whole"))[1]
+whole, took, kills, runs, stages = files(home/"whole"), time.time() - t, 0, 0, ""
+assert len(whole) == 6
+while True:
+    how = dict(stage=dice.randint(1, 12)) if kills % 3 else dict(after=dice.uniform(.05, took))
+    told, ended = end(*start(home/str(runs)), **(how if kills < 20 else {}))
+    if ended:
+        assert files(home/str(runs)) == whole, runs
+        runs += 1
+        if kills == 20: break
+    else:
+        kills += 1
+        stages += told[-1] if "stage" in how else ""
+print("done", runs, stages, f"{took:.1f}")
+"""
+
+
+def test_twenty_kills_and_not_a_bit_is_different(tmp_path):
+    """Some at any moment, most inside the write of a checkpoint, at one of its stages: with half of
+    the tensors (t), without a manifest (m), before and after the renaming (r, n), and with half of
+    an old checkpoint removed (o)."""
+    done = subprocess.run([sys.executable, "-c", RUN, tmp_path], cwd=ROOT, text=True,
+                          capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    word, runs, stages, _ = done.stdout.split()
+    assert word == "done" and len(stages) >= 12 and len(set(stages)) >= 3
