@@ -10,26 +10,16 @@ import json, math, re
 from dataclasses import dataclass
 
 # %% ../nbs/01_boxes.ipynb #833e0c9e
-def to_permille(
-    box,        # (x0, y0, x1, y1), px
-    width,      # of the picture, px
-    height,     # of the picture, px
-)->tuple:       # (x0, y0, x1, y1), permille
+def to_permille(box, width, height)->tuple:     # four px; size of the picture, px; four permille
     "A box in pixels as one in permille."
     return tuple(v * 1000 / side for v, side in zip(box, (width, height) * 2))
 
-def to_pixels(
-    box,        # (x0, y0, x1, y1), permille
-    width,      # of the picture, px
-    height,     # of the picture, px
-)->tuple:       # (x0, y0, x1, y1), px, not rounded
+def to_pixels(box, width, height)->tuple:   # four permille; size of the picture, px; four px
     "A box in permille as one in pixels."
     return tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2))
 
 # %% ../nbs/01_boxes.ipynb #5863d582
-def format_box(
-    box,    # (x0, y0, x1, y1), permille
-)->str:     # as the model is to write it
+def format_box(box)->str:  # (x0, y0, x1, y1), permille; as the model is to write it
     "The answer that names a box, rounded to whole permille."
     return '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(round(v) for v in box)
 
@@ -39,21 +29,17 @@ def _area(box):
     w, h = box[2] - box[0], box[3] - box[1]
     return w * h if w > 0 and h > 0 else 0.
 
-def iou(
-    a,          # (x0, y0, x1, y1), or None
-    b,          # the same, in the same unit
-)->float:       # 0..1
+def iou(a, b)->float:  # (x0, y0, x1, y1) or None, both in the same unit; 0..1
     "Intersection over union of two boxes; 0 where one is missing or has no area."
     if a is None or b is None or not _area(a) or not _area(b): return 0.
     both = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     return both / (_area(a) + _area(b) - both)
 
 # %% ../nbs/01_boxes.ipynb #d95c5085
-_THINK = re.compile(r'<(?:re)?think>.*?(?:</(?:re)?think>|\Z)', re.S | re.I)
-
 def _answer(text):
     "The part of an answer that counts."
-    text = re.split('</(?:re)?think>', _THINK.sub(' ', text), flags=re.I)[-1]
+    text = re.sub(r'<(?:re)?think>.*?(?:</(?:re)?think>|\Z)', ' ', text, flags=re.S | re.I)
+    text = re.split('</(?:re)?think>', text, flags=re.I)[-1]
     text = re.split('<answer>', text, flags=re.I)[-1]
     text = re.split('</answer>', text, flags=re.I)[0]
     blocks = re.sub(r'<\|\w+\|>', ' ', text).split('```')
@@ -74,7 +60,6 @@ def _is_number(v):
     "Whether a value of JSON is a number, or a string that spells one."
     return type(v) in (int, float) or type(v) is str and bool(re.fullmatch(_NUM, v, re.A))
 
-# %% ../nbs/01_boxes.ipynb #1a2204cb
 def _in_json(value):
     "The lists of four in a parsed answer, in order of the text; dicts come as tuples of pairs."
     found, stack = [], [(value, True)]
@@ -119,15 +104,6 @@ class Parsed:
     error: str = None       # why there is no box
 
 # %% ../nbs/01_boxes.ipynb #087af2dd
-def _find(text):
-    "The boxes of an answer, each four numbers, and the repairs that it took to read them."
-    try: found = _in_json(json.loads(text, object_pairs_hook=tuple, parse_int=_number))
-    except (ValueError, RecursionError):
-        return [list(map(_number, q)) for q in _in_text(text)], ('json',)
-    clean = [[_number(x) if isinstance(x, str) else x for x in v] for v in found]
-    return clean, () if clean == found else ('json',)
-
-# %% ../nbs/01_boxes.ipynb #c11714a2
 def parse_box(
     text,               # the answer, special tokens or not
     mode='rel1000',     # unit of its numbers: 'rel1000' permille, 'rel1' fractions, 'abs' px
@@ -135,9 +111,12 @@ def parse_box(
 )->Parsed:
     "The first box of an answer; never raises, whatever the text, and takes linear time."
     width, height = {'rel1000': (1000, 1000), 'rel1': (1, 1), 'abs': size}[mode]
-    found, repairs = _find(_answer(text if isinstance(text, str) else ''))
+    text = _answer(text if isinstance(text, str) else '')
+    try: found = _in_json(json.loads(text, object_pairs_hook=tuple, parse_int=_number))
+    except (ValueError, RecursionError): found = _in_text(text)     # all of it strings
     if not found: return Parsed(error='no box')
-    raw, n = tuple(found[0]), len(found)
+    raw, n = tuple(_number(x) if isinstance(x, str) else x for x in found[0]), len(found)
+    repairs = ('json',) * any(isinstance(x, str) for v in found for x in v)
     if not all(abs(v) <= 10_000 for v in raw):
         return Parsed(None, None, n, repairs, 'number not finite or beyond 10,000')
     x0, y0, x1, y1 = to_permille(raw, width, height)

@@ -2,23 +2,20 @@
 import argparse
 import sys
 
-from ivt_min.core import data_path, read_json, rng
+from ivt_min.core import data_path, read_json
 
 
 def demo(out, n, model):
     """Refine boxes in `n` scenes outside the model's training, print each IoU, write a picture."""
-    from ivt_min.boxes import iou, to_permille
-    from ivt_min.core import Sample
+    from ivt_min.boxes import iou
     from ivt_min.loop import Loop, model_policy, rollout
     from ivt_min.model import load
     from ivt_min.render import show
-    from ivt_min.scenes import DIALECTS, SIDE, draw_scene
-    samples = []
-    for i in range(n):
-        image, things, [(text, k)] = draw_scene(DIALECTS[i % 3], rng('demo', i))
-        truth = to_permille(things[k].box, SIDE, SIDE)
-        samples.append(Sample(f'demo-{i}', DIALECTS[i % 3], text, truth, image))
-    episodes = rollout(model_policy(load(model), Loop()), samples)
+    from ivt_min.scenes import draw_sample
+    vlm = load(model or 'sft')
+    loop = Loop(**vlm.loop or {})
+    samples = [draw_sample(f'demo-{i}', i, 'demo') for i in range(n)]
+    episodes = rollout(model_policy(vlm, loop), samples, loop)
     for e in episodes:
         scores = ' -> '.join(f'{iou(b, e.sample.truth):.2f}' for b in e.boxes)
         print(f'IoU {scores}  {e.sample.expression}')
@@ -41,7 +38,7 @@ def results():
 def refine(args):
     """Refine one box, print every step in pixels, write a picture."""
     from ivt_min.loop import refine
-    try: found = refine(args.image, args.expression, args.model, args.steps)
+    try: found = refine(args.image, args.expression, args.model or 'sft', args.steps)
     except (ValueError, OSError) as e: return f'ivt_min: {e}'
     for t, step in enumerate(found.steps):
         box = step.box and [round(v, 1) for v in step.box]
@@ -55,13 +52,13 @@ def main(argv=None):
     """Entry point; without arguments the demo and the results table."""
     parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
     parser.add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
-    parser.add_argument('--model', help='folder or hub name; by default the embedded tiny model')
+    parser.add_argument('--model', help='adapter, folder or hub name; by default sft')
     parser.add_argument('-n', type=int, default=4, help='number of scenes')
     commands = parser.add_subparsers(dest='command')
     one = commands.add_parser('refine', help='refine the box of one picture')
     one.add_argument('image', help='path of a picture')
     one.add_argument('expression', help='what to look for, in words')
-    one.add_argument('--model', help='folder or hub name; by default the embedded tiny model')
+    one.add_argument('--model', help='adapter, folder or hub name; by default sft')
     one.add_argument('--steps', type=int, default=2, help='refinements after the first answer')
     one.add_argument('--out', default='film.png', help='picture to write')
     args = parser.parse_args(argv)

@@ -8,11 +8,11 @@ __all__ = ['RULES', 'pick', 'oracle', 'single', 'choose_rule', 'columns', 'per_s
 
 # %% ../nbs/08b_columns.ipynb #e0058956
 import math
+from dataclasses import replace
 from itertools import pairwise, zip_longest
 import numpy as np
 from .boxes import iou
-from .core import Trajectory
-from .evaluate import bootstrap, hits, ious, metrics
+from .evaluate import bootstrap, hits, ious, metrics, result_row
 
 # %% ../nbs/08b_columns.ipynb #881a2116
 def _read(boxes): return [b for b in boxes if b is not None]
@@ -31,16 +31,12 @@ def _medoid(boxes, logps):
     boxes = _read(boxes)   # its own IoU is 1 for each; rounded, so that ties are ties
     return max(boxes, key=lambda a: round(sum(iou(a, b) for b in boxes), 9))
 
-# %% ../nbs/08b_columns.ipynb #183b3cc6
 RULES = dict(   # of boxes, at least one of them there, and their logps
     last=lambda boxes, logps: boxes[-1], held=lambda boxes, logps: _read(boxes)[-1],
     confident=_confident, agree50=_agree(.5), agree70=_agree(.7), agree90=_agree(.9),
     mean=lambda boxes, logps: tuple(np.mean(_read(boxes), 0).tolist()), medoid=_medoid)
 
-def pick(
-    t,          # a Trajectory
-    rule,       # one of RULES; raises ValueError on another
-)->tuple:       # a box, permille, or None
+def pick(t, rule)->tuple:  # a Trajectory; one of RULES, else ValueError; a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
     if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
     return RULES[rule](t.boxes, t.logps) if _read(t.boxes) else None
@@ -50,16 +46,11 @@ def oracle(t)->tuple:  # a Trajectory
     "The best box of a trajectory by the truth, which no method knows; the earliest of equals."
     return max(t.boxes, key=lambda b: (iou(b, t.truth), b is not None))
 
-def single(
-    trajectories,   # list of Trajectory
-    choice,         # 'step 0', 'oracle' or one of RULES
-)->list:            # of Trajectory with one box each
-    "The one box that is taken from each trajectory."
+def single(trajectories, choice)->list:  # 'step 0', 'oracle' or one of RULES
+    "The trajectories with one box each, the one that is chosen."
     box = {'step 0': lambda t: t.boxes[0], 'oracle': oracle}.get(choice, lambda t: pick(t, choice))
-    return [Trajectory(t.id, t.source, t.expression, t.truth, [box(t)], [], [])
-            for t in trajectories]
+    return [replace(t, boxes=[box(t)], logps=[], texts=[], notes=[]) for t in trajectories]
 
-# %% ../nbs/08b_columns.ipynb #e861e86e
 def choose_rule(val)->str:  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals."
     return max(RULES, key=lambda rule: round(float(ious(single(val, rule)).mean()), 9))
@@ -81,10 +72,8 @@ def columns(
     return rows
 
 # %% ../nbs/08b_columns.ipynb #d6142128
-def per_sample(
-    trajectories,   # list of Trajectory; raises ValueError unless all have the same T+1 >= 2 boxes
-)->dict:            # name -> (n,), NaN where it does not apply
-    "What happens to each sample on its way."
+def per_sample(trajectories)->dict:  # all of T+1 >= 2 boxes, else ValueError; name -> (n,)
+    "What happens to each sample on its way; NaN where it does not apply."
     steps = {len(t.boxes) for t in trajectories}
     if len(steps) != 1 or steps == {1}: raise ValueError(f'{sorted(steps)} boxes a trajectory')
     score = np.array([ious(trajectories, t) for t in range(*steps)])            # (T+1, n)
@@ -100,42 +89,24 @@ def per_sample(
     return values | {f'miou_step{t}': u for t, u in enumerate(score)}
 
 # %% ../nbs/08b_columns.ipynb #be28497b
-def _row(run, column, metric, interval, n):
-    "A row of the results; `interval` is (value, low, high)."
-    value, low, high = (round(x, 6) for x in interval)
-    return dict(run=run, column=column, metric=metric, value=value, low=low, high=high, n=n)
-
-# %% ../nbs/08b_columns.ipynb #c9ec3c13
-def dynamics(
-    run,            # its name
-    trajectories,   # list of Trajectory, as for `per_sample`
-    seed=0,         # of the bootstrap
-)->list:            # dicts as of `metrics`, column 'dynamics'
-    "The means of `per_sample`, over all samples and for each source, where they have any."
+def dynamics(run, trajectories, seed=0)->list:  # name, Trajectories; dicts as of `metrics`
+    "Means of `per_sample`, column 'dynamics', over all samples and for each source that has any."
     values, parts = per_sample(trajectories), {'': [True] * len(trajectories)}
     for s in sorted({t.source for t in trajectories}):
         parts['/' + s] = [t.source == s for t in trajectories]
     cut = {k + part: v[mask & np.isfinite(v)] for part, mask in parts.items()
            for k, v in values.items()}
-    return [_row(run, 'dynamics', metric, bootstrap(v, seed), len(v))
+    return [result_row(run, 'dynamics', metric, bootstrap(v, seed), len(v))
             for metric, v in cut.items() if len(v)]
 
 # %% ../nbs/08b_columns.ipynb #65d16a6a
-def paired(
-    old,        # (n,), one a sample
-    new,        # (n,), the same samples; raises ValueError where there are more or fewer
-    seed=0,     # of the resampling
-)->tuple:       # (mean, low, high)
-    "The mean of new - old with its 95 % bootstrap interval over samples."
+def paired(old, new, seed=0)->tuple:    # (n,), (n,) of the same samples, else ValueError
+    "The mean of new - old, low, high: a 95 % bootstrap interval over samples."
     old, new = np.asarray(old, float), np.asarray(new, float)
     if old.shape != new.shape: raise ValueError(f'{len(old)} values against {len(new)}')
     return bootstrap(new - old, seed)
 
-# %% ../nbs/08b_columns.ipynb #5d7afa7f
-def mcnemar(
-    old,        # (n,), bool
-    new,        # (n,), bool, the same samples
-)->float:       # 1 where they never differ
+def mcnemar(old, new)->float:  # (n,), bool, both of the same samples; 1 where they never differ
     "McNemar's exact two-sided p: how likely so uneven a split of wins and losses is by chance."
     wins, losses = (int(np.greater(a, b).sum()) for a, b in ((new, old), (old, new)))
     tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
@@ -157,7 +128,7 @@ def compare(
     a, b, rows = ious(old), ious(new), []
     for metric in ('acc50', 'acc70', 'acc90', 'miou'):
         u, v = (a, b) if metric == 'miou' else (hits(x, int(metric[3:]) / 100) for x in (a, b))
-        row = _row(run, f'vs {against}', f'd_{metric}', paired(u, v, seed), len(u))
+        row = result_row(run, f'vs {against}', f'd_{metric}', paired(u, v, seed), len(u))
         wins, losses = int((v > u).sum()), int((u > v).sum())
         if metric != 'miou': row |= dict(p=mcnemar(u, v), wins=wins, losses=losses)
         rows.append(row)

@@ -82,11 +82,7 @@ def _replace(path, text):
         os.replace(new, path)
     finally: new.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #9b48ea15
-def write_json(
-    path,   # file; its folders are made
-    obj,    # dicts, lists, numbers, strings, arrays, dataclasses
-):
+def write_json(path, obj):  # file, its folders are made; anything of JSON, arrays, dataclasses
     "Write `obj` to `path` at once or not at all; raises ValueError on NaN."
     _replace(path, _dumps(obj, indent=1, ensure_ascii=False) + '\n')
 
@@ -100,23 +96,15 @@ def read_json(path):  # file
     return _loads(Path(path).read_bytes(), path)
 
 # %% ../nbs/00_core.ipynb #3995e8ed
-def write_jsonl(
-    path,   # file; its folders are made
-    rows,   # dicts
-):
+def write_jsonl(path, rows):  # file, its folders are made; dicts
     "Write all rows to `path`, at once or not at all."
     _replace(path, ''.join(_dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
-def append_jsonl(
-    path,   # file; its folders are made
-    row,    # a dict
-):
+def append_jsonl(path, row):  # file, its folders are made; a dict
     "Add one row to `path`."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    line = _dumps(row, ensure_ascii=False) + '\n'
-    with open(path, 'ab') as f: f.write(line.encode())
+    with open(path, 'ab') as f: f.write((_dumps(row, ensure_ascii=False) + '\n').encode())
 
-# %% ../nbs/00_core.ipynb #8add4e9f
 def read_jsonl(path):  # file
     "Read the rows, dicts, of `path`; raises ValueError that names the file and the line."
     rows = []
@@ -139,10 +127,7 @@ def settings_hash(settings):  # dataclass or dict
     "A fingerprint of settings, 12 hex digits, whatever the order of their names."
     return hashlib.sha256(_dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-def stored(
-    path,       # JSON file of a dict with a key "settings_hash"
-    settings,   # dataclass or dict
-)->bool:        # False where the file is missing or of other settings, or IVT_RERUN=1
-    "Whether `path` holds the result of these settings."
+def stored(path, settings)->bool:  # JSON file with a "settings_hash"; dataclass or dict
+    "Whether `path` holds the result of these settings; False where it is missing, or IVT_RERUN=1."
     if os.environ.get('IVT_RERUN', '0') not in ('', '0') or not Path(path).exists(): return False
     return read_json(path).get('settings_hash') == settings_hash(settings)

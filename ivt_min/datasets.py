@@ -103,8 +103,13 @@ def _sample(row, layout, i, images):
     return Sample(name, layout.source, _read(row, layout.expression, _text), truth, image, meta)
 
 # %% ../nbs/04_datasets.ipynb #5de2a22d
-def _rows(rows, layout, images, n):
-    "The samples of a file or of an iterable of dicts."
+def read_ref_adv_s(
+    rows,           # path of a .json list or of JSONL, or an iterable of dicts
+    images=None,    # folder of the pictures, for rows that only name them
+    n=None,         # how many rows there must be
+    layout=REF_ADV_S,   # of the rows
+)->list:            # of Sample; raises ValueError that names the file, the row and the field
+    "The samples of Ref-Adv-s, or of a set of another layout."
     where, samples = 'rows', {}
     if isinstance(rows, (str, Path)):
         where, rows = rows, (read_json if Path(rows).suffix == '.json' else read_jsonl)(rows)
@@ -118,21 +123,9 @@ def _rows(rows, layout, images, n):
     fine = samples and n in (None, len(samples))
     return _must(fine, f'{where}: {len(samples)} rows, not {n or "some"}', list(samples.values()))
 
-# %% ../nbs/04_datasets.ipynb #5abe1e8d
-def read_ref_adv_s(
-    rows,           # path of a .json list or of JSONL, or an iterable of dicts
-    images=None,    # folder of the pictures, for rows that only name them
-    n=None,         # how many rows there must be
-)->list:            # of Sample; raises ValueError that names the file, the row and the field
-    "The samples of Ref-Adv-s, or of rows of that shape."
-    return _rows(rows, REF_ADV_S, images, n)
-
 # %% ../nbs/04_datasets.ipynb #22dd3480
-def scan(
-    samples,        # list of Sample
-    skip=False,     # leave out what cannot be used; otherwise raise ValueError
-)->tuple:           # (list of the usable samples, dict of the other ids -> reason)
-    "Open every picture once, and hold its size to that in the row."
+def scan(samples, skip=False)->tuple:  # list of Sample; leave out what is unusable, or ValueError
+    "The samples whose pictures open, in the size of their row, and a dict of other ids -> reason."
     sizes, reasons = {}, {}
     for s in samples:
         key = repr(s.image)     # a path, or a PIL image with its address
@@ -145,11 +138,7 @@ def scan(
     return [s for s in samples if s.id not in reasons], reasons
 
 # %% ../nbs/04_datasets.ipynb #1a922c61
-def missed(
-    sample,     # Sample that could not be used
-    reason,     # why, as `scan` says
-    steps=1,    # boxes that the others have
-)->Trajectory:
+def missed(sample, reason, steps=1)->Trajectory:    # what, why as `scan` says, boxes it lacks
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)

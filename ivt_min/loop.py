@@ -9,12 +9,13 @@ __all__ = ['Loop', 'Episode', 'picture', 'drawing', 'rollout', 'scripted', 'go_o
 # %% ../nbs/07_refine.ipynb #0b098702
 from dataclasses import dataclass, replace
 from functools import cache
+import torch
 from transformers.utils import logging
 from .core import Sample, Trajectory, rng
 from .boxes import iou, parse_box, to_pixels
 from .render import draw_box, filmstrip, open_image
-from .model import VLM, Dialogue, _marks, encode, image_tokens, load, to_patches
-from .answer import Turn, answer, closed, question
+from .model import VLM, Dialogue, _marks, encode, image_tokens, load, look, to_patches
+from .answer import Turn, answer, closed, distinct, question
 
 # %% ../nbs/07_refine.ipynb #59085b77
 @dataclass(frozen=True)
@@ -44,12 +45,9 @@ class Episode:
     # the last box that could be read, or None
     held = property(lambda e: next((b for b in reversed(e.boxes) if b), None))
 
-# %% ../nbs/07_refine.ipynb #326d2c98
-def picture(
-    loop,       # Loop
-    episode,    # Episode
-):              # RGB image; the original where nothing was drawn
-    "What the model looks at: the original picture with the last drawn box, never an older one."
+# %% ../nbs/07_refine.ipynb #da77beef
+def picture(loop, episode):     # Loop, Episode; RGB image
+    "What the model looks at: the original picture, with the last drawn box and never an older one."
     box = episode.drawn[-1] if episode.drawn else None
     return draw_box(episode.image, box, loop.fill, loop.alpha, loop.width)
 
@@ -93,20 +91,13 @@ def rollout(
     return out
 
 # %% ../nbs/07_refine.ipynb #84fe483a
-def scripted(
-    say,    # function of an Episode -> text
-):          # a policy
+def scripted(say):  # function of an Episode -> text; a policy
     "A policy that says what a function says; a replay of stored answers is one."
     return lambda episodes, memory=None: ([Turn((), (), say(e)) for e in episodes], None)
 
 # %% ../nbs/07_refine.ipynb #fbb8bdc2
-def go_on(
-    vlm,        # VLM
-    loop,       # Loop
-    dialogue,   # Dialogue up to where the last turn began
-    episode,    # Episode; the box after its last turn is drawn
-):              # Dialogue, ready for the next turn
-    "The dialogue after a turn and the picture with its box."
+def go_on(vlm, loop, dialogue, episode):    # where its last turn began; after it a box is drawn
+    "The Dialogue after a turn and the picture with its box, ready for the next turn."
     turn, seen = episode.turns[-1], to_patches(vlm, picture(loop, episode))
     words = loop.words.replace('{expression}', episode.sample.expression.strip())
     box = episode.drawn[-1]     # nothing is drawn where it has no area
@@ -118,14 +109,34 @@ def go_on(
     return Dialogue((*dialogue.ids, *said, *shown), (*dialogue.pictures, seen))
 
 # %% ../nbs/07_refine.ipynb #b94295d6
+@torch.no_grad()
+def _seen(vlm, dialogues):
+    "The same dialogues; of the last picture only what the vision tower made of it."
+    new = look(vlm, [d.pictures[-1] for d in dialogues])
+    return [replace(d, pictures=(*d.pictures[:-1], replace(p, patches=None)))
+            for d, p in zip(dialogues, new)]
+
+# %% ../nbs/07_refine.ipynb #388d7009
+def _asked(vlm, loop, episodes, before):
+    "The dialogues of a step; what several episodes share is one object."
+    if before: return [go_on(vlm, loop, d, e) for d, e in zip(before, episodes)]
+    samples, at = distinct([e.sample for e in episodes])
+    return [new[k] for new in [[question(vlm, s) for s in samples]] for k in at]
+
+# %% ../nbs/07_refine.ipynb #aef65b9b
 def model_policy(
-    vlm,    # VLM
-    loop,   # Loop
-):          # a policy
-    "The model as a policy: only what is new in a dialogue is read, the rest is its memory."
+    vlm,        # VLM
+    loop,       # Loop
+    kept=None,  # dict that gets, by an episode's key, the list of its dialogues, one a turn
+):              # a policy
+    "The model as a policy: only what is new is read, and what episodes share is read once."
     def policy(episodes, memory=None):
-        dialogues, known = memory or ([question(vlm, e.sample) for e in episodes], None)
-        if memory: dialogues = [go_on(vlm, loop, d, e) for d, e in zip(dialogues, episodes)]
+        before, known = memory or (None, None)
+        dialogues = _asked(vlm, loop, episodes, before)
+        if kept is not None:
+            some, at = distinct(dialogues)
+            dialogues = [new[k] for new in [_seen(vlm, some)] for k in at]
+            for e, d in zip(episodes, dialogues): kept.setdefault(e.key, []).append(d)
         keys = [(*e.key, len(e.turns)) for e in episodes]
         turns, known = answer(vlm, dialogues, known, loop.max_tokens, loop.temperature, keys,
                               closed)
@@ -151,7 +162,7 @@ class Step:
     confidence: float   # mean log-probability of the tokens of the box, or None
     note: str           # what was wrong, '' for nothing
 
-# %% ../nbs/07_refine.ipynb #87afb332
+# %% ../nbs/07_refine.ipynb #77735f4a
 @dataclass(frozen=True)
 class Refinement:
     "What `refine` found; in a notebook it shows its steps."
@@ -168,7 +179,7 @@ _loaded = cache(load)
 def refine(
     image,          # path, bytes, PIL image, or array of uint8 (H, W[, 3 or 4])
     expression,     # what to look for, in words
-    model=None,     # VLM, folder or hub name; by default the embedded tiny model
+    model='sft',    # VLM, adapter, folder or hub name; by default the fine-tuned tiny model
     steps=2,        # refinements after the first answer
     loop=None,      # Loop; by default the one that the model was taught with
 )->Refinement:      # raises ValueError on a bad picture, or an expression that is empty or too long

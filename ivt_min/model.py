@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'VLM', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue', 'image_tokens', 'ask', 'collate', 'look',
-           'features']
+           'features', 'second_look', 'wake_late']
 
 # %% ../nbs/05_model.ipynb #3bf19c5a
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.utils import logging
 from .core import data_path, read_json
 from .render import open_image
 
@@ -29,6 +30,7 @@ class VLM:
     prompt: str         # the question, with {expression}
     name: str           # folder or hub name that it was loaded from
     loop: dict = None   # settings of the loop that its adapter was taught with
+    late: dict = field(default_factory=dict)    # where its late adapters are awake, see `wake_late`
 
 # %% ../nbs/05_model.ipynb #310fe7db
 def load(
@@ -42,9 +44,7 @@ def load(
         name = data_path(f'adapters/{name}')
     if name and (Path(name)/'adapter_config.json').exists():
         ours = read_json(Path(name)/'ivt.json')
-        vlm = load(ours['base'], device, nf4, max_pixels)
-        vlm.model.load_adapter(str(name), adapter_name=Path(name).name)
-        return replace(vlm, name=Path(name).name, loop=ours['loop'])
+        return _adapt(load(ours['base'], device, nf4, max_pixels), Path(name), ours)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     folder = Path(name or data_path('tiny'))
     if (name is None or '/' not in str(name) or str(name)[0] in './~') and not folder.is_dir():
@@ -61,16 +61,12 @@ def load(
     processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=local)
     least, most = processor.size['shortest_edge'], processor.size['longest_edge']
     processor.size = dict(shortest_edge=min(least, max_pixels), longest_edge=min(most, max_pixels))
-    ours = folder/'ivt.json'
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    prompt = read_json(ours)['prompt'] if ours.exists() else OFFICIAL
+    prompt = read_json(folder/'ivt.json')['prompt'] if (folder/'ivt.json').exists() else OFFICIAL
     return VLM(model.eval(), tokenizer, processor, prompt, str(name or 'tiny'))
 
 # %% ../nbs/05_model.ipynb #685fd524
-def encode(
-    vlm,    # VLM
-    text,   # anybody's words
-):          # list of ids, none of them special
+def encode(vlm, text)->list:  # VLM; anybody's words; ids, none of them special
     "Ids of a text in which special tokens are nothing but characters."
     return vlm.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -82,10 +78,7 @@ class Patches:
     grid: tuple             # (1, rows, columns) of patches, P = rows x columns
     seen: tuple = None      # what the vision tower makes of it, once `look` has run
 
-def to_patches(
-    vlm,    # VLM
-    image,  # anything that open_image takes
-):          # Patches
+def to_patches(vlm, image)->Patches:  # VLM; anything that open_image takes
     "The patches of one image."
     out = vlm.processor(images=[open_image(image)], return_tensors='pt')
     return Patches(out['pixel_values'], tuple(out['image_grid_thw'][0].tolist()))
@@ -101,11 +94,7 @@ def _marks(vlm, text):
     "Ids of our own markup, special tokens included."
     return tuple(vlm.tokenizer.encode(text, add_special_tokens=False))
 
-# %% ../nbs/05_model.ipynb #48b16266
-def image_tokens(
-    vlm,    # VLM
-    pic,    # Patches
-):          # tuple of ids
+def image_tokens(vlm, pic)->tuple:  # VLM; Patches; ids
     "The ids that stand for a picture: one a visual token, between the marks of vision."
     cfg = vlm.model.config
     n = pic.grid[1] * pic.grid[2] // cfg.vision_config.spatial_merge_size**2
@@ -132,8 +121,7 @@ def collate(
 ):              # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
     "Dialogues of several lengths as one batch."
     length = max(len(d.ids) for d in dialogues)
-    pad = vlm.tokenizer.pad_token_id
-    ids = torch.full((len(dialogues), length), pad)
+    ids = torch.full((len(dialogues), length), vlm.tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, d in enumerate(dialogues):
         at = slice(length - len(d.ids), length) if left else slice(len(d.ids))
@@ -145,11 +133,8 @@ def collate(
     return tuple(x.to(vlm.model.device) for x in (ids, mask, positions))
 
 # %% ../nbs/05_model.ipynb #0e33c385
-def look(
-    vlm,        # VLM
-    pictures,   # list of Patches
-)->list:        # of Patches that hold their features: (visual tokens, D), and one more a DeepStack
-    "The same pictures, seen by the vision tower, all at once."
+def look(vlm, pictures)->list:  # VLM; Patches; the same with `seen`, each (visual tokens, D)
+    "The same pictures, seen by the vision tower, all at once; the tokens first, then DeepStack's."
     if not pictures: return []
     patches = torch.cat([p.patches for p in pictures]).to(vlm.model.device)
     grids = torch.tensor([p.grid for p in pictures]).to(vlm.model.device)
@@ -157,11 +142,8 @@ def look(
     seen = zip(out.pooler_output, *out.deepstack_features)
     return [replace(p, seen=s) for p, s in zip(pictures, seen)]
 
-# %% ../nbs/05_model.ipynb #dc87f8f9
-def features(
-    vlm,        # VLM
-    pictures,   # list of Patches
-):              # what the model's forward takes as mm_encoder_outputs, or None
+# %% ../nbs/05_model.ipynb #64ec748e
+def features(vlm, pictures):  # VLM; Patches; forward's mm_encoder_outputs, or None without any
     "The vision tower's output for pictures, in their order; those already seen are not seen again."
     fresh = iter(look(vlm, [p for p in pictures if p.seen is None]))
     seen = [p.seen or next(fresh).seen for p in pictures]
@@ -169,3 +151,25 @@ def features(
     pooled, *deep = zip(*seen)
     return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=pooled,
                                                            deepstack_features=list(deep)))
+
+# %% ../nbs/05_model.ipynb #b45c758c
+def second_look(vlm, ids):  # VLM, (B, L); (B, L) bool
+    "Which columns belong to the second picture of their dialogue, or come after its beginning."
+    return (ids == vlm.model.config.vision_start_token_id).cumsum(1) > 1
+
+def wake_late(vlm, name):   # VLM, name of its adapter
+    "Let an adapter act only where `vlm.late['on']` says so; `answer` and `score` keep that up."
+    def gate(module, args, out): return out * vlm.late['on'][..., None].to(out)
+    for n, part in vlm.model.named_modules():
+        if n.endswith(f'.lora_B.{name}'): part.register_forward_hook(gate)
+    vlm.late['names'] = {*vlm.late.get('names', ()), name}
+
+def _adapt(vlm, folder, ours):
+    "The VLM with an adapter; the report of its loading calls tied weights missing."
+    loud, name = logging.get_verbosity(), folder.name
+    logging.set_verbosity_error()
+    vlm.model.load_adapter(str(folder), adapter_name=name)
+    logging.set_verbosity(loud)
+    if ours['late']: wake_late(vlm, name)
+    loop = {k: tuple(v) if k == 'fill' else v for k, v in ours['loop'].items()}
+    return replace(vlm, name=name, loop=loop)

@@ -18,27 +18,22 @@ class ImageError(ValueError):
 
 _FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')   # none that starts another program
 
-def _upright(image, max_pixels):
-    "The picture as stored, turned as its EXIF note says."
+def _decode(source):
+    "A picture that is no PIL image yet as one, the way it is stored."
+    if isinstance(source, np.ndarray):
+        if source.dtype not in (np.uint8, np.uint16): raise ValueError(f'array of {source.dtype}')
+        return Image.fromarray(source)
+    if isinstance(source, bytes): source = io.BytesIO(source)
+    elif re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
+    return Image.open(source, formats=_FORMATS)
+
+# %% ../nbs/02_render.ipynb #017e07f0
+def _flat(image, max_pixels):
+    "A PIL image of any mode as RGB on white, turned as its EXIF note says."
     w, h = image.size
     if not 0 < w * h <= max_pixels: raise ValueError(f'{w} x {h} pixels')
     if max(w, h) > 200 * min(w, h): raise ValueError(f'aspect ratio of {w} x {h} over 200')
-    return ImageOps.exif_transpose(image)
-
-# %% ../nbs/02_render.ipynb #017e07f0
-def _decode(source, max_pixels):
-    "A PIL image, upright, of any mode."
-    if isinstance(source, Image.Image): return _upright(source, max_pixels)
-    if isinstance(source, np.ndarray):
-        if source.dtype not in (np.uint8, np.uint16): raise ValueError(f'array of {source.dtype}')
-        return _upright(Image.fromarray(source), max_pixels)
-    if isinstance(source, bytes): source = io.BytesIO(source)
-    elif re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
-    with Image.open(source, formats=_FORMATS) as image: return _upright(image, max_pixels)
-
-# %% ../nbs/02_render.ipynb #11426988
-def _flat(image):
-    "A PIL image of any mode as RGB on white."
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(('I', 'F')):
         grey = np.asarray(image)
         if grey.dtype.kind == 'f' or not 0 <= grey.min() <= grey.max() < 2**16:
@@ -49,13 +44,12 @@ def _flat(image):
         image = Image.alpha_composite(white, image.convert('RGBA'))
     return image.convert('RGB')
 
-# %% ../nbs/02_render.ipynb #cde9cd77
-def open_image(
-    source,                 # path, bytes, PIL image, or array of uint8 or uint16 (H, W[, 3 or 4])
-    max_pixels=64_000_000,  # refuse more than these, width x height
-):                          # a new PIL image: RGB, upright, the first frame; transparent is white
-    "Open a picture of any kind; raises ImageError that names it."
-    try: return _flat(_decode(source, max_pixels))
+# %% ../nbs/02_render.ipynb #11426988
+def open_image(source, max_pixels=64_000_000):  # path, bytes, PIL image, array of uint8 or uint16
+    "A new PIL image: RGB, upright, first frame, on white; ImageError names it, also one too large."
+    try:
+        if isinstance(source, Image.Image): return _flat(source, max_pixels)
+        with _decode(source) as image: return _flat(image, max_pixels)
     except Exception as e:  # a damaged file makes Pillow raise nearly anything
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         raise ImageError(f'{name}: {e}') from None
@@ -125,8 +119,7 @@ def show(
             if boxes: image = draw_box(image, boxes[i], colour, alpha=0, width=width)
         x, y = i % cols * cell, i // cols * (cell + below)
         sheet.paste(image, (x + 1, y + 1))
-        text = '\n'.join(lines[i])
-        ImageDraw.Draw(sheet).text((x + 2, y + cell), text, 'black', font, spacing=1)
+        ImageDraw.Draw(sheet).text((x + 2, y + cell), '\n'.join(lines[i]), 'black', font, spacing=1)
     return Picture(sheet)
 
 # %% ../nbs/02_render.ipynb #e7767a51
@@ -149,10 +142,6 @@ class Chart:
     svg: str    # the whole file
     def __repr__(self): return 'chart'
     def _repr_svg_(self): return self.svg
-    def save(self, path):  # a name that ends in .svg
-        "Write the chart to a file."
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(self.svg, encoding='utf-8', newline='\n')
 
 # %% ../nbs/02_render.ipynb #5f793af8
 def _ticks(low, high):
@@ -166,11 +155,6 @@ def _label(x, y, text, anchor='middle', fill='black'):
     at = f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">'
     return at + html.escape(str(text)) + '</text>'
 
-def _points(values, x):
-    "The pairs (x, y) of a series, without its gaps."
-    pairs = zip(range(len(values)) if x is None else x, values)
-    return [(a, b) for a, b in pairs if b is not None and math.isfinite(b)]
-
 # %% ../nbs/02_render.ipynb #903a1511
 def curve(
     series,         # dict of name -> values (None is a gap), or a list of rows (dicts)
@@ -182,7 +166,8 @@ def curve(
     if isinstance(series, list):
         rows, names = series, [k for k in series[0] if k != x]
         series, x = {k: [r.get(k) for r in rows] for k in names}, x and [r[x] for r in rows]
-    lines = {k: _points(v, x) for k, v in series.items()}
+    lines = {k: [(a, b) for a, b in zip(range(len(v)) if x is None else x, v)
+                 if b is not None and math.isfinite(b)] for k, v in series.items()}
     xs, ys = ([p[i] for line in lines.values() for p in line] or [0] for i in (0, 1))
     x0, y0, x1, y1 = min(xs), min(ys), max(xs), max(ys)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1

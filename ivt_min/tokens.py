@@ -19,15 +19,19 @@ class Transcript:
     mask: tuple         # L numbers, 1 where the id was sampled by the policy
     logps: tuple        # log-probability of each sampled id, as it was sampled
 
-# %% ../nbs/07b_tokens.ipynb #7989763a
-def transcript(vlm, loop, episode)->Transcript:
+def transcript(
+    vlm,        # VLM
+    loop,       # Loop
+    episode,    # Episode, finished
+    asked=None, # list of its dialogues, one a turn, as `model_policy` keeps them
+)->Transcript:
     "An episode in one piece; its ids are those that were sampled, never text read again."
-    dialogue, mask, logps, last = question(vlm, episode.sample), [], [], len(episode.turns) - 1
+    asked, mask, logps = asked or [question(vlm, episode.sample)], [], []
     for t, turn in enumerate(episode.turns):
-        n = len(turn.ids) - (turn.end == 'stop' and t < last)
-        mask += [0] * (len(dialogue.ids) - len(mask)) + [1] * n
+        if t == len(asked): asked = [*asked, go_on(vlm, loop, asked[-1], replace(
+            episode, turns=episode.turns[:t], drawn=episode.drawn[:t]))]
+        n = len(turn.ids) - (turn.end == 'stop' and t < len(episode.turns) - 1)
+        mask += [0] * (len(asked[t].ids) - len(mask)) + [1] * n
         logps += turn.logps[:n]
-        if t < last: dialogue = go_on(vlm, loop, dialogue, replace(
-            episode, turns=episode.turns[:t + 1], drawn=episode.drawn[:t + 1]))
-    whole = Dialogue((*dialogue.ids, *episode.turns[-1].ids), dialogue.pictures)
+    whole = Dialogue((*asked[-1].ids, *turn.ids), asked[-1].pictures)
     return Transcript(whole, tuple(mask), tuple(logps))

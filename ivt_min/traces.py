@@ -12,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from urllib.request import HTTPError, Request, urlopen
 from .core import Sample, append_jsonl, read_jsonl, rng, settings_hash
-from .boxes import iou, to_permille
+from .boxes import iou
 from .render import draw_box
-from .scenes import DIALECTS, SIDE, draw_scene
+from .scenes import draw_sample
 
 # %% ../nbs/09_traces.ipynb #34afe714
 def fresh(i)->Sample:   # number of the scene, from 0
     "A scene of the training kind that is in no split."
-    image, things, [(text, k)] = draw_scene(DIALECTS[i % 3], rng('harvest', i))
-    truth = to_permille(things[k].box, SIDE, SIDE)
-    return Sample(f'harvest-{i:05}', DIALECTS[i % 3], text, truth, image)
+    return draw_sample(f'harvest-{i:05}', i, 'harvest')
 
 def kept(trajectories, most=.85)->list:  # of Trajectory, IoU of step 0 (fraction)
     "Those whose first box is there and no better than `most`: the errors to teach from."
@@ -77,7 +75,7 @@ _TOKEN = re.compile(r'''\b(?:
     (?P<more>high|low|wid|narrow|tall|short|larg|big|small)g?er|(?P<keep>fits|keep|good)|
     (?P<way>left|right|up|down)(?:wards?)?)\b''', re.X | re.I | re.A)
 
-# %% ../nbs/09_traces.ipynb #9b607c30
+# %% ../nbs/09_traces.ipynb #e00c870b
 def statements(text, box, target)->list:    # a teacher's words; the boxes of the step, permille
     "All that a text says: kind, words, whether it is true, and the edges that it speaks of (0..3)."
     out, edge, move = [], None, [b - a for a, b in zip(box, target)]
@@ -152,7 +150,7 @@ def _body(look, model, prompt):
     return json.dumps(dict(model=model, temperature=0, max_tokens=200,
                            messages=[dict(role='user', content=content)])).encode()
 
-# %% ../nbs/09_traces.ipynb #1ad1f5c6
+# %% ../nbs/09_traces.ipynb #1cc93689
 def _post(url, body, key, timeout, tries):
     "The text that a server answers; None after `tries` failures that might have passed."
     request = Request(url, body, {'Content-Type': 'application/json'})

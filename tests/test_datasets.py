@@ -1,11 +1,12 @@
 """Rows and pictures that go wrong, through the reader and the scan; the project's drawn pictures;
 and, where they lie beside the project, twenty real photographs."""
-import io, json, math, socket, struct, time, tracemalloc, zlib
+import io, json, math, socket, time, tracemalloc
 from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from bad_pictures import bomb, large_jpeg
 from ivt_min.boxes import iou, to_permille, to_pixels
 from ivt_min.core import data_path, from_row, read_json, read_jsonl, to_row, write_json, write_jsonl
 from ivt_min.datasets import coco_id, missed, read_ref_adv_s, scan, true_box
@@ -111,14 +112,9 @@ def test_hugging_face_rows(scene):
 
 # ---- 1-15: pictures
 
-def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-
 
 def test_bomb(folder):
-    rows = zlib.compress(bytes(20_000 * 2_501))
-    header = struct.pack('>IIBBBBB', 20_000, 20_000, 1, 0, 0, 0, 0)
-    data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', rows) + chunk(b'IEND', b'')
-    (folder/'bomb.png').write_bytes(data)
+    bomb(folder/'bomb.png')
     start = time.process_time()
     unusable(folder, 'bomb.png', 'bomb.png', width=20_000, height=20_000)
     assert time.process_time() - start < .5
@@ -126,11 +122,7 @@ def test_bomb(folder):
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 def test_large_jpeg(folder, scene):
-    scene.save(data := io.BytesIO(), 'JPEG')
-    data = bytearray(data.getvalue())
-    at = data.index(b'\xff\xc0') + 5
-    data[at:at + 4] = struct.pack('>HH', 13_000, 13_000)
-    (folder/'large.jpg').write_bytes(data)
+    large_jpeg(folder/'large.jpg', scene)
     unusable(folder, 'large.jpg', '13000 x 13000', width=13_000, height=13_000)
 
 

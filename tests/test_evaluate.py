@@ -3,9 +3,9 @@ import json, random
 import numpy as np
 import pytest
 from scipy import stats
-from ivt_min.core import Trajectory
+from ivt_min.core import Trajectory, to_row, write_jsonl
 from ivt_min.evaluate import (METRICS, acc, bootstrap, hits, ious, macc, metrics, read_run, table, target_size,
-                              update_results, write_run)
+                              update_results)
 
 SOURCES = ('g', 'adv', 'l4')
 
@@ -129,8 +129,7 @@ def test_bootstrap_of_any_number_of_resamples():
 
 def test_run_there_and_back(tmp_path):
     made = some_boxes(20)
-    write_run(tmp_path / 'run', {'seed': 0}, made, split='val')
-    assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == ['config.json', 'val.jsonl']
+    write_jsonl(tmp_path / 'run/val.jsonl', map(to_row, made))
     assert metrics('x', read_run(tmp_path / 'run', 'val', n=20)) == metrics('x', made)
 
 
@@ -142,7 +141,7 @@ def test_run_there_and_back(tmp_path):
     (lambda rows: [], '0 samples'),
 ])
 def test_a_wrong_run_is_refused(tmp_path, change, message):
-    write_run(tmp_path, {}, some_boxes(20))
+    write_jsonl(tmp_path / 'test.jsonl', map(to_row, some_boxes(20)))
     rows = [json.loads(line) for line in (tmp_path / 'test.jsonl').read_text().splitlines()]
     (tmp_path / 'test.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in change(rows)))
     with pytest.raises(ValueError, match=message) as e:

@@ -1,8 +1,9 @@
 """Pictures that go wrong: each is made here, and is either opened upright in RGB or refused by name."""
-import io, struct, time, zlib
+import io, time
 import numpy as np
 import pytest
 from PIL import Image
+from bad_pictures import bomb, large_jpeg
 from ivt_min.boxes import iou, to_permille
 from ivt_min.render import ImageError, draw_box, open_image
 
@@ -28,14 +29,8 @@ def refused(path, reason=None):
     assert str(path) in str(e.value)
 
 
-def chunk(kind, data):
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-
-
 def test_bomb(tmp_path):
-    rows = zlib.compress(bytes(20_000 * 2_501))
-    header = struct.pack('>IIBBBBB', 20_000, 20_000, 1, 0, 0, 0, 0)
-    (tmp_path/'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', rows) + chunk(b'IEND', b''))
+    bomb(tmp_path/'bomb.png')
     start = time.process_time()
     refused(tmp_path/'bomb.png')
     assert time.process_time() - start < .2
@@ -43,11 +38,7 @@ def test_bomb(tmp_path):
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 def test_large_jpeg(tmp_path, scene):
-    scene.save(data := io.BytesIO(), 'JPEG')
-    data = bytearray(data.getvalue())
-    at = data.index(b'\xff\xc0') + 5
-    data[at:at + 4] = struct.pack('>HH', 13_000, 13_000)
-    (tmp_path/'large.jpg').write_bytes(data)
+    large_jpeg(tmp_path/'large.jpg', scene)
     refused(tmp_path/'large.jpg', '13000 x 13000 pixels')
 
 

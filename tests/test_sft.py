@@ -10,14 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from peft import PeftModel
 
-from ivt_min import sft
+from ivt_min import run, sft
 from ivt_min.answer import Turn, question, score
 from ivt_min.boxes import format_box
 from ivt_min.core import data_path, read_json, read_jsonl
 from ivt_min.loop import Loop, go_on, model_policy, refine, rollout
 from ivt_min.model import encode, load
 from ivt_min.scenes import split
-from ivt_min.sft import SFT, add_lora, last_checkpoint, make_row, save_adapter, train_sft
+from ivt_min.run import last_checkpoint
+from ivt_min.sft import SFT, add_lora, make_row, save_adapter, train_sft
 from ivt_min.tokens import transcript
 
 torch.set_num_threads(1)
@@ -56,27 +57,26 @@ def test_a_rollout_of_the_same_ids_stands_in_the_same_context(vlm, traced, form,
     s = replace(TINY, loop=Loop(form=form, max_tokens=96), words=words)
     for sample, trace in traced[:3]:
         assert any(v % 1 for b in trace["targets"] for v in b)
-        texts, asked = [format_box(trace["box"])], []
+        said = [("", format_box(trace["box"]))]
         for t, b in zip(trace["texts"], trace["targets"]):
-            texts.append((f"{t} " if words else "") + format_box(b))
+            said.append((f"{t}\n" if words else "", format_box(b)))
+        spelt, asked = [(*encode(vlm, t), *encode(vlm, b)) for t, b in said], []
 
         def policy(episodes, memory=None):
-            [e], t = episodes, texts[len(episodes[0].turns)]
+            [e], k = episodes, len(episodes[0].turns)
             asked.append(go_on(vlm, s.loop, asked[-1], e) if asked else question(vlm, sample))
-            return [Turn(tuple(encode(vlm, t)), (), t, end="box")], None
+            return [Turn(spelt[k], (), "".join(said[k]), end="box")], None
 
         row = make_row(vlm, s, sample, trace)
         rollout(policy, [sample], s.loop)
-        end = len(asked[-1].ids) + len(encode(vlm, texts[-1]))
-        assert len(row.dialogue.ids) == len(row.mask) == end
-        for d, t in zip(asked, texts):
-            at = slice(len(d.ids), len(d.ids) + len(encode(vlm, t)))
-            assert d.ids == row.dialogue.ids[:at.start]
-            assert row.dialogue.ids[at] == tuple(encode(vlm, t))
-            assert set(row.mask[at]) == {int(t is not texts[0])}
+        assert len(row.dialogue.ids) == len(row.mask) == len(asked[-1].ids) + len(spelt[-1])
+        for k, (d, ids) in enumerate(zip(asked, spelt)):
+            at = slice(len(d.ids), len(d.ids) + len(ids))
+            assert d.ids == row.dialogue.ids[:at.start] and row.dialogue.ids[at] == ids
+            assert set(row.mask[at]) == {int(k > 0)}
         pairs = zip(asked[-1].pictures, row.dialogue.pictures, strict=True)
         assert all(torch.equal(a.patches, b.patches) for a, b in pairs)
-        assert sum(row.mask) == sum(len(encode(vlm, t)) for t in texts[1:])
+        assert sum(row.mask) == sum(map(len, spelt[1:]))
 
 
 def test_what_the_model_itself_said_becomes_the_row_of_its_transcript(vlm):
@@ -289,7 +289,7 @@ def test_another_run_does_not_go_on_from_it(tmp_path):
 def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
     for k in (1, 2, 3):
         tensors = dict(x=torch.full((9,), float(k)))
-        sft.save_checkpoint(tmp_path, k, tensors, dict(settings_hash="s"))
+        run.save_checkpoint(tmp_path, k, tensors, dict(settings_hash="s"))
     path = tmp_path / "000003" / name
     data = path.read_bytes()
     path.unlink()
@@ -299,6 +299,62 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
     assert step == 2 and tensors["x"].tolist() == [2] * 9
 
 
+# ---- late adapters, and rows of the embedding
+
+def noise(rows=()):
+    """A base with a late adapter of random weights, bf16 values."""
+    vlm, g = load(device="cpu"), torch.Generator().manual_seed(0)
+    s = replace(TINY, late=True, rows=rows)
+    for p in add_lora(vlm, "noisy", s).values():
+        p.data = (p.data + torch.randn(p.shape, generator=g) * .1).bfloat16().float()
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def noisy(): return noise()
+
+
+def ids(vlm, samples, form="prefix", batch=8):
+    loop = Loop(form=form, max_tokens=20)
+    eps = rollout(model_policy(vlm, loop), samples, loop, batch=batch, progress=False)
+    return [[t.ids for t in e.turns] for e in eps], eps, loop
+
+
+@pytest.mark.parametrize("form", ["prefix", "turn"])
+def test_a_late_adapter_leaves_the_first_answer_alone(noisy, form):
+    few = split("train", 6)
+    base, mine = ids(load(device="cpu"), few, form)[0], ids(noisy, few, form)[0]
+    assert [a[0] for a in mine] == [b[0] for b in base]
+    assert mine != base
+
+
+def test_a_late_adapter_is_scored_as_it_was_sampled(noisy):
+    together, eps, loop = ids(noisy, [x for x in split("train", 4) for _ in range(2)])
+    assert together == [a for x in split("train", 4) for a in ids(noisy, [x], batch=1)[0] * 2]
+    rows = [transcript(noisy, loop, e) for e in eps]
+    with torch.no_grad(): new = score(noisy, [r.dialogue for r in rows], [r.mask for r in rows])
+    old = torch.tensor([p for r in rows for p in r.logps])
+    assert (new - old).abs().max() <= 1e-4
+
+
+def test_a_late_adapter_and_its_rows_are_handed_on(tmp_path):
+    few, loop, noisy = split("train", 3), Loop(fill=(0, 255, 0)), noise((13, 42, 64))
+    save_adapter(noisy, "noisy", tmp_path / "noisy", loop)
+    told = [load(tmp_path / "noisy", device="cpu"), load(device="cpu")]
+    assert Loop(**told[0].loop) == loop and told[0].late["names"] == {"noisy"}
+    plain = PeftModel.from_pretrained(told[1].model, tmp_path / "noisy").base_model.model
+    told[1] = replace(told[1], model=plain)
+    ask = question(noisy, few[0])
+    words = replace(ask, ids=(*ask.ids, 13, 42, 64, 13))
+    marks = [(0,) * len(ask.ids) + (1,) * 4]
+    with torch.no_grad():
+        mine, *others = (score(v, [words], marks) for v in (noisy, *told))
+        base = score(load(device="cpu"), [words], marks)
+    assert torch.equal(mine, others[0]) and (mine - base).abs().max() > 1
+    assert not torch.equal(mine, others[1])     # plain PEFT acts on the first answer, too
+    assert ids(told[0], few)[0] == ids(noisy, few)[0]
+
+
 # ---- killed
 
 RUN = r"""
@@ -306,7 +362,7 @@ import os, random, select, shutil, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from ivt_min import sft
+from ivt_min import run, sft
 from ivt_min.model import load
 from ivt_min.scenes import split
 from ivt_min.core import write_json
@@ -330,7 +386,7 @@ def slow(pipe):
         some = [*Path(path).iterdir()][:1] if Path(path).exists() else []
         for p in some: p.unlink(); stop(b"o")
         remove(path, **kw)
-    Path.write_bytes, sft.write_json = write_bytes, write_state
+    Path.write_bytes, run.write_json = write_bytes, write_state
     os.replace, shutil.rmtree = rename, rmtree
 
 def start(folder):
