@@ -9,7 +9,7 @@ from types import SimpleNamespace as Stub
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 from ivt_min import learn
 from ivt_min.answer import log_probs, score
@@ -89,6 +89,7 @@ def test_value_and_gradient_are_those_of_trl(per, loss_type, seed):
     assert loss_type == "dapo" or clipped == pytest.approx(told["clip_ratio/region_mean"])
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4),
        st.floats(-100, 100), st.floats(1, 50), st.booleans())
 @example([[.1] * 6, [1 / 3] * 6, [0, 0, 0, 0, 0, 1]], .7, 3., True)
