@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ivt_min.evaluate.target_size': ('evaluate.html#target_size', 'ivt_min/evaluate.py'),
                                   'ivt_min.evaluate.update_results': ('evaluate.html#update_results', 'ivt_min/evaluate.py')},
             'ivt_min.grpo': { 'ivt_min.grpo.GRPO': ('grpo.html#grpo', 'ivt_min/grpo.py'),
+                              'ivt_min.grpo.GRPO.__post_init__': ('grpo.html#grpo.__post_init__', 'ivt_min/grpo.py'),
                               'ivt_min.grpo._confirm': ('grpo.html#_confirm', 'ivt_min/grpo.py'),
                               'ivt_min.grpo._signed': ('grpo.html#_signed', 'ivt_min/grpo.py'),
                               'ivt_min.grpo.advantage': ('grpo.html#advantage', 'ivt_min/grpo.py'),

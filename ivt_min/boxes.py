@@ -104,11 +104,7 @@ class Parsed:
     error: str = None       # why there is no box
 
 # %% ../nbs/01_boxes.ipynb #087af2dd
-def parse_box(
-    text,               # the answer, special tokens or not
-    mode='rel1000',     # unit of its numbers: 'rel1000' permille, 'rel1' fractions, 'abs' px
-    size=None,          # (width, height) of the picture, px, for 'abs'
-)->Parsed:
+def parse_box(text, mode='rel1000', size=None)->Parsed:  # permille; or 'rel1', 'abs' and (w, h) px
     "The first box of an answer; never raises, whatever the text, and takes linear time."
     width, height = {'rel1000': (1000, 1000), 'rel1': (1, 1), 'abs': size}[mode]
     text = _answer(text if isinstance(text, str) else '')

@@ -56,13 +56,8 @@ def choose_rule(val)->str:  # list of Trajectory, of the validation run; one of 
     return max(RULES, key=lambda rule: round(float(ious(single(val, rule)).mean()), 9))
 
 # %% ../nbs/08b_columns.ipynb #91d59d27
-def columns(
-    run,            # its name
-    test,           # list of Trajectory: what is judged
-    val,            # list of Trajectory: chooses the rule; raises ValueError on a shared id
-    seed=0,         # of the bootstrap
-)->list:            # dicts as of `metrics`; those of 'label-free' also name their rule
-    "The results of a run as step 0 | last | label-free | oracle."
+def columns(run, test, val, seed=0)->list:  # name; Trajectories that are judged, and that choose
+    "Step 0 | last | label-free | oracle as of `metrics`, with the rule; ValueError on a shared id."
     both = {t.id for t in test} & {t.id for t in val}
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
     rule, rows = choose_rule(val), []

@@ -35,12 +35,8 @@ def macc(ious, strict=True):  # as for `hits`
     return float(np.mean([acc(ious, x / 100, strict) for x in range(50, 100, 5)]))
 
 # %% ../nbs/08_evaluate.ipynb #99ee18e7
-def bootstrap(
-    values,         # (n,), one a sample; raises ValueError where empty or not finite
-    seed=0,         # of the resampling
-    n_boot=2000,    # resamples
-)->tuple:           # (mean, low, high)
-    "The mean of `values` with its 95 % percentile bootstrap interval over samples."
+def bootstrap(values, seed=0, n_boot=2000)->tuple:  # (n,), finite, else ValueError; resamples
+    "Mean, low, high: the mean of `values` with its 95 % percentile interval over samples."
     values, draw = np.sort(np.asarray(values, float)), rng('bootstrap', seed)
     n = len(values)
     if not n or not np.isfinite(values).all(): raise ValueError(f'{n} values, not all finite')
@@ -109,12 +105,8 @@ def table(
     return Table(('run', 'column', *['part'] * parts, *names), body)
 
 # %% ../nbs/08_evaluate.ipynb #24d43cb4
-def read_run(
-    folder,         # of the run
-    split='test',   # which samples
-    n=None,         # how many there must be
-)->list:            # of Trajectory
-    "The trajectories of a run; raises ValueError that names the file and what is wrong."
+def read_run(folder, split='test', n=None)->list:  # of the run; samples; how many there must be
+    "The Trajectories of a run; raises ValueError that names the file and what is wrong."
     path = Path(folder)/f'{split}.jsonl'
     try: done = [from_row(row) for row in read_jsonl(path)]
     except ValueError as e: raise ValueError(f'{path}: {e}') from None

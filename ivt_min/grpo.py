@@ -20,22 +20,14 @@ REWARDS = dict(     # of the IoUs of a trajectory, step 0 first
     final=lambda u: u[-1], mean=np.mean, signed=_signed, confirm=_confirm,
     threshold=lambda u: np.mean([u[-1] >= t for t in (.5, .7, .9)]))
 
-def reward(
-    episode,        # loop.Episode
-    how='final',    # one of REWARDS
-    form=.1,        # weight of the share of steps that can be read
-)->float:
+def reward(episode, how='final', form=.1)->float:  # one of REWARDS; weight of readable steps
     "What a trajectory is worth, by the labels."
     scores = [iou(b, episode.sample.truth) for b in episode.boxes]
     return float(REWARDS[how](scores) + form * np.mean([b is not None for b in episode.boxes]))
 
 # %% ../nbs/11_grpo.ipynb #e1bd05c9
-def advantage(
-    rewards,    # (P, N), a row of each group
-    std=True,   # whether to divide by the std of the group
-    floor=.05,  # the least std that is divided by
-):              # (P, N)
-    "How much better a trajectory is than its group."
+def advantage(rewards, std=True, floor=.05):  # (P, N), a row a group; divide by its std, at least
+    "How much better a trajectory is than its group, (P, N)."
     r = np.asarray(rewards, float)
     r = r - r[:, :1]    # equal rewards become exact zeros
     a = r - r.mean(1, keepdims=True)
@@ -65,6 +57,10 @@ class GRPO:
     steps: int = 60         # rollouts, each with its updates
     every: int = 20         # steps between checkpoints
     seed: int = 0           # of the order and of all sampling
+
+    def __post_init__(s):
+        names = s.reward in REWARDS and s.per in ('sample', 'token', 'constant')
+        if not names or not (s.first or s.loop.steps): raise ValueError(f'nothing to learn by: {s}')
 
 PAPER = GRPO(Loop(steps=2, max_tokens=128, temperature=1.), prompts=4, lr=1e-5, micro=1,
              steps=200)     # all but T, N, beta and the reward is ours

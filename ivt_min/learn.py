@@ -27,13 +27,8 @@ def _rest(row, start):
     done = sum(row.mask[:start])
     return Transcript(row.dialogue, (0,) * start + row.mask[start:], row.logps[done:])
 
-def gather(
-    vlm,        # VLM
-    samples,    # list of core.Sample, the prompts
-    s,          # GRPO
-    step,       # number of the step: with the seed, it names the randomness
-):              # (P * N) Episodes and their Transcripts, group by group
-    "N trajectories for each prompt, ready for the loss."
+def gather(vlm, samples, s, step):  # prompts, GRPO; the step's number names the randomness
+    "N trajectories a prompt: (P * N) Episodes and their Transcripts, group by group."
     many = [x for x in samples for _ in range(s.group)]
     keys = [('grpo', s.seed, step, x.id, m) for x in samples for m in range(s.group)]
     warm = model_policy(vlm, s.loop, kept := {})
@@ -98,6 +93,7 @@ def train_grpo(
     ref='sft',      # the one that holds the leash
 )->list:            # of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
+    if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
     told = [(x.id, x.expression, x.truth) for x in samples]
     about = dict(s=asdict(s), base=fingerprint(vlm), samples=told)
     run, per = Run(params, s, folder, about), len(samples) // s.prompts

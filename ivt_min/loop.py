@@ -52,10 +52,8 @@ def picture(loop, episode):     # Loop, Episode; RGB image
     return draw_box(episode.image, box, loop.fill, loop.alpha, loop.width)
 
 # %% ../nbs/07_refine.ipynb #79e98af1
-def drawing(
-    what='own',     # 'own', 'truth', 'random', 'none', or a dict of sample id -> box (permille)
-):                  # function of an Episode -> box, permille, or None
-    "What the loop draws in place of the model's own box; 'random' keeps the size of that box."
+def drawing(what='own'):    # or 'truth', 'random', 'none', a dict of sample id -> box (permille)
+    "Function of an Episode -> the box to draw, or None; 'random' keeps the size of the own one."
     def anywhere(e):
         x0, y0, x1, y1 = e.held or (0, 0, 250, 250)
         x, y = rng('random box', *e.key, len(e.turns)).uniform(0, (1000 - x1 + x0, 1000 - y1 + y0))
@@ -124,11 +122,7 @@ def _asked(vlm, loop, episodes, before):
     return [new[k] for new in [[question(vlm, s) for s in samples]] for k in at]
 
 # %% ../nbs/07_refine.ipynb #aef65b9b
-def model_policy(
-    vlm,        # VLM
-    loop,       # Loop
-    kept=None,  # dict that gets, by an episode's key, the list of its dialogues, one a turn
-):              # a policy
+def model_policy(vlm, loop, kept=None):  # dict that gets, by key, an episode's dialogues
     "The model as a policy: only what is new is read, and what episodes share is read once."
     def policy(episodes, memory=None):
         before, known = memory or (None, None)

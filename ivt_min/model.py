@@ -101,12 +101,8 @@ def image_tokens(vlm, pic)->tuple:  # VLM; Patches; ids
     return (cfg.vision_start_token_id, *[cfg.image_token_id] * n, cfg.vision_end_token_id)
 
 # %% ../nbs/05_model.ipynb #b9d619a0
-def ask(
-    vlm,        # VLM
-    text,       # the user's words; special tokens in them are inert
-    images=(),  # what the user shows, before the words
-):              # Dialogue that ends where the assistant begins to write
-    "One user turn, ready to be answered."
+def ask(vlm, text, images=()):  # the user's words, never special; what is shown before them
+    "One user turn as a Dialogue that ends where the assistant begins to write."
     pics = tuple(to_patches(vlm, i) for i in images)
     seen = sum((image_tokens(vlm, p) for p in pics), ())
     ids = (*_marks(vlm, '<|im_start|>user\n'), *seen, *encode(vlm, text),
@@ -114,12 +110,8 @@ def ask(
     return Dialogue(ids, pics)
 
 # %% ../nbs/05_model.ipynb #143a1996
-def collate(
-    vlm,        # VLM
-    dialogues,  # B dialogues
-    left=True,  # pad on the left (to generate) or on the right (to train)
-):              # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
-    "Dialogues of several lengths as one batch."
+def collate(vlm, dialogues, left=True):  # B of them; pad on the left (generate) or right (train)
+    "A batch: ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)."
     length = max(len(d.ids) for d in dialogues)
     ids = torch.full((len(dialogues), length), vlm.tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

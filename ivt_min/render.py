@@ -123,14 +123,8 @@ def show(
     return Picture(sheet)
 
 # %% ../nbs/02_render.ipynb #e7767a51
-def filmstrip(
-    image,          # the picture
-    boxes,          # list of boxes, permille, one a step; None where there was none
-    truth=None,     # true box, permille
-    texts=None,     # a text a step
-    side=384,       # longest side of the whole, px
-)->Picture:         # one row, a picture a step
-    "The guesses of a trajectory, step by step, on the same picture."
+def filmstrip(image, boxes, truth=None, texts=None, side=384)->Picture:  # permille, None is no box
+    "The guesses of a trajectory in one row, a picture and a text a step; side as for `show`."
     n = len(boxes)
     texts = texts or [f'step {i}' + (': no box' if b is None else '') for i, b in enumerate(boxes)]
     return show([image] * n, texts, [truth] * n, boxes, cols=n, side=side)

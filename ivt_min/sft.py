@@ -57,8 +57,6 @@ def trainable(vlm, name)->dict:  # VLM, name of an adapter; name -> parameter, f
         if p.requires_grad: p.data = p.data.float()
     return {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
 
-
-
 # %% ../nbs/10_sft.ipynb #3e9897fc
 def add_lora(vlm, name, s)->dict:  # VLM, name of its adapter, SFT; name -> parameter, fp32
     "A fresh LoRA adapter on the language model; all other weights are frozen."
@@ -77,13 +75,8 @@ class Row:
     dialogue: Dialogue  # L ids and all pictures
     mask: tuple         # L numbers, 1 where the id is learned
 
-def make_row(
-    vlm,        # VLM
-    s,          # SFT
-    sample,     # core.Sample
-    trace=None, # dict of traces.write_traces; None is single-shot grounding
-)->Row:         # raises ValueError where the loop would cut a step, or read another box
-    "A trace as the loop would have it, all but its first answer learned; or the true box alone."
+def make_row(vlm, s, sample, trace=None)->Row:  # SFT; of write_traces, None is single-shot
+    "A trace as the loop has it, all after its first answer learned; ValueError where it is cut."
     first, *rest = [trace['box'], *trace['targets']] if trace else [sample.truth]
     words = ['', *(f'{t}\n' * s.words for t in trace['texts'])] if trace else ['']
     told = [*zip(words, map(format_box, (first, *rest)))]   # apart, so that a box has its own ids

@@ -19,12 +19,7 @@ class Transcript:
     mask: tuple         # L numbers, 1 where the id was sampled by the policy
     logps: tuple        # log-probability of each sampled id, as it was sampled
 
-def transcript(
-    vlm,        # VLM
-    loop,       # Loop
-    episode,    # Episode, finished
-    asked=None, # list of its dialogues, one a turn, as `model_policy` keeps them
-)->Transcript:
+def transcript(vlm, loop, episode, asked=None)->Transcript:  # its dialogues, of `model_policy`
     "An episode in one piece; its ids are those that were sampled, never text read again."
     asked, mask, logps = asked or [question(vlm, episode.sample)], [], []
     for t, turn in enumerate(episode.turns):

@@ -278,9 +278,15 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
     assert sum(sizes) == 3 + 12     # all six by the reference, and with a gradient
 
 
-def test_a_reward_that_is_not_there(tmp_path):
-    with pytest.raises(KeyError, match="best"):
-        train_grpo(*lesson(), split("train", 2), replace(TINY, reward="best"), tmp_path)
+@pytest.mark.parametrize("bad", [dict(reward="best"), dict(per="word"),
+                                 dict(first=False, loop=Loop(steps=0))])
+def test_settings_that_teach_nothing(bad):
+    with pytest.raises(ValueError, match="nothing to learn by"): replace(TINY, **bad)
+
+
+def test_fewer_samples_than_prompts(tmp_path):
+    with pytest.raises(ValueError, match="1 samples, 2 a step"):
+        train_grpo(None, {}, split("train", 1), TINY, tmp_path)
 
 
 RUN = r"""
