@@ -46,7 +46,7 @@ def main(argv=None):
     parser.add_argument('-n', type=int, default=4, help='number of scenes')
     one.add_argument('image', help='path of a picture')
     one.add_argument('expression', help='what to look for, in words')
-    one.add_argument('--steps', type=int, default=2, help='refinements after the first answer')
+    one.add_argument('--steps', type=int, help='refinements after the first answer')
     args = parser.parse_args(argv)
     if args.command: return refine(args)
     if args.n < 1: parser.error('-n must be at least 1')

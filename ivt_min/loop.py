@@ -174,12 +174,13 @@ def refine(
     image,          # path, bytes, PIL image, or array of uint8 (H, W[, 3 or 4])
     expression,     # what to look for, in words
     model='sft',    # VLM, adapter, folder or hub name; by default the fine-tuned tiny model
-    steps=2,        # refinements after the first answer
+    steps=None,     # refinements after the first answer; by default those of the loop
     loop=None,      # Loop; by default the one that the model was taught with
 )->Refinement:      # raises ValueError on a bad picture, or an expression that is empty or too long
     "Find what the words mean, look at the answer, and find it better."
     vlm = model if isinstance(model, VLM) else _loaded(model)
-    loop = replace(loop or Loop(**vlm.loop or {}), steps=steps)
+    loop = loop or Loop(**vlm.loop or {})
+    loop = replace(loop, steps=loop.steps if steps is None else steps)
     sample = Sample('refine', '', expression, (0, 0, 1, 1), open_image(image))
     [episode] = rollout(model_policy(vlm, loop), [sample], loop)
     done, size = record(episode), episode.image.size

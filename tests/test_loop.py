@@ -128,6 +128,13 @@ def test_nothing_drawn_is_said(vlm):
     assert [s.count(loop.missing.strip()) for s in said] == [2, 0, 2]
 
 
+@pytest.mark.parametrize("loop, steps, n", [(None, None, 3), (None, 0, 1), (Loop(steps=1), None, 2),
+                                            (Loop(steps=1), 3, 4)])
+def test_how_often_refine_looks(vlm, loop, steps, n):
+    sample = split("val", 1)[0]
+    assert len(refine(sample.image, sample.expression, vlm, steps, loop).steps) == n
+
+
 def test_refine_is_one_function_and_takes_any_picture(vlm, tmp_path):
     assert refine is same
     sample = split("val", 1)[0]
