@@ -19,7 +19,7 @@ def demo(out, n, model):
     steps = [(e, t) for e in episodes for t in range(len(e.boxes))]
     texts = [f'step {t}' if t else e.sample.expression for e, t in steps]
     show([e.image for e, _ in steps], texts, [e.sample.truth for e, _ in steps],
-         [e.boxes[t] for e, t in steps], 3, 256 * max(3, n)).save(out)
+         [e.boxes[t] for e, t in steps], loop.steps + 1, 256 * max(loop.steps + 1, n)).save(out)
     print(f"wrote {out}: a row a scene; the truth is green, the model's box red")
     shown, path = ('step 0', 'last', 'label-free', 'oracle'), data_path('runs/results.json')
     if path.exists(): print(f'\n{table([r for r in read_json(path) if r["column"] in shown])}')
