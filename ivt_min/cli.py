@@ -10,9 +10,8 @@ def demo(out, n, model):
     from .model import load
     from .render import show
     from .scenes import draw_sample
-    vlm = load(model)
-    loop, samples = Loop(**vlm.loop or {}), [draw_sample(f'demo-{i}', i, 'demo') for i in range(n)]
-    episodes = rollout(model_policy(vlm, loop), samples, loop)
+    vlm, samples = load(model), [draw_sample(f'demo-{i}', i, 'demo') for i in range(n)]
+    episodes = rollout(model_policy(vlm, loop := Loop(**vlm.loop or {})), samples, loop)
     for e in episodes:
         scores = ' -> '.join(f'{iou(b, e.sample.truth):.2f}' for b in e.boxes)
         print(f'IoU {scores}  {e.sample.expression}')
@@ -21,8 +20,10 @@ def demo(out, n, model):
     show([e.image for e, _ in steps], texts, [e.sample.truth for e, _ in steps],
          [e.boxes[t] for e, t in steps], loop.steps + 1, 256 * max(loop.steps + 1, n)).save(out)
     print(f"wrote {out}: a row a scene; the truth is green, the model's box red")
-    shown, path = ('step 0', 'last', 'label-free', 'oracle'), data_path('runs/results.json')
-    if path.exists(): print(f'\n{table([r for r in read_json(path) if r["column"] in shown])}')
+    runs = 'base naive sft-s1 sft_errors grpo-s1 grpo_errors look-s0 look_single'.split()
+    rows = [r for r in read_json(data_path('runs/results.json')) if r['run'] in runs
+            and r['column'] in ('step 0', 'last', 'label-free', 'oracle')]
+    print(f'\n{table(rows)}\nAll runs: nbs/12_results.ipynb')
 
 def refine(args):
     "Refine one box, print every step in pixels, write a picture."
