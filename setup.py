@@ -2,6 +2,7 @@
 import configparser
 import glob
 import shlex
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -24,7 +25,10 @@ def data_files(folder=HERE / "data"):
 
 
 cfg = read_settings()
-files = data_files()
+# An editable install finds data/ where it lies. With one package, whose folder is its name, it
+# also becomes a plain path: that alone wins over a clone called ivt_min in the folder of a script.
+editable = bool({"editable_wheel", "develop"} & set(sys.argv))
+files = [] if editable else data_files()
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -36,7 +40,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=" + cfg["min_python"],
     packages=["ivt_min"] + (["ivt_min.data"] if files else []),
-    package_dir={"ivt_min.data": "data"} if files else {},
+    package_dir={"": "."} | ({"ivt_min.data": "data"} if files else {}),
     package_data={"ivt_min.data": files} if files else {},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"dev": shlex.split(cfg["dev_requirements"])},

@@ -1,6 +1,11 @@
 """A vision-language model that looks at its own box and corrects it."""
+import logging
+
 __version__ = "0.0.1"
 __all__ = ["refine"]
+
+# On a CPU it warns, at its import, that an optional package is not there.
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 def __getattr__(name):

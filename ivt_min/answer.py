@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['stops', 'log_probs', 'choose', 'Turn', 'confidence', 'closed', 'uniforms', 'Memory', 'distinct', 'answer', 'generate',
-           'score', 'question']
+           'score', 'words_of', 'question']
 
 # %% ../nbs/05b_answer.ipynb #ea7d4794
-import re
+import inspect, re
 from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, Qwen3VLForConditionalGeneration
 from .core import rng
 from .boxes import parse_box
 from .model import ask, collate, features, second_look
@@ -81,6 +82,15 @@ def uniforms(keys, n):      # B tuples for core.rng, numbers a row; (B, n) fp64 
     "Each row's own random numbers, a function of its key alone."
     return torch.tensor([rng(*key).random(n).tolist() for key in keys], dtype=torch.float64)
 
+# %% ../nbs/05b_answer.ipynb #db9c2537
+_FORWARD = inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
+_CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
+
+def _next(vlm, ids, mask, positions, feats, cache):
+    "Logits of what follows the new columns, (B, V); the cache grows by them."
+    return vlm.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                     mm_encoder_outputs=feats, logits_to_keep=1, **{_CACHE: cache}).logits[:, -1]
+
 # %% ../nbs/05b_answer.ipynb #807a01b2
 @dataclass(frozen=True)
 class Memory:
@@ -124,7 +134,8 @@ def answer(
     once, row = (dialogues, None) if memory else distinct(dialogues)
     ids, on, mask, positions, pictures = _fresh(vlm, once, memory)
     u = uniforms(keys, max_tokens).to(ids.device) if temperature else None      # (B, max_tokens)
-    at, feats, cache = positions.amax((0, 2)), features(vlm, pictures), memory and memory.cache
+    at, feats = positions.amax((0, 2)), features(vlm, pictures)
+    cache = memory.cache if memory else DynamicCache(config=vlm.model.config.text_config)
     rows, ends, stop = [[] for _ in dialogues], [''] * len(dialogues), stops(vlm)
     for t in range(max_tokens):
         if t:   # rows that have ended are fed too, but their columns do not count
@@ -132,9 +143,7 @@ def answer(
             mask, at, feats = torch.cat([mask, live], 1), at + 1, None
             ids, on, positions = ids[:, None], on[:, -1:], at[None, :, None].expand(3, -1, 1)
         vlm.late['on'] = on
-        out = vlm.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                        past_key_values=cache, mm_encoder_outputs=feats, logits_to_keep=1)
-        logp, cache = log_probs(vlm, out.logits[:, -1], temperature), out.past_key_values  # (B, V)
+        logp = log_probs(vlm, _next(vlm, ids, mask, positions, feats, cache), temperature)  # (B, V)
         if t == 0 and len(once) < len(dialogues):   # a dialogue that came twice was read once
             cache.batch_select_indices(row := torch.tensor(row, device=ids.device))
             logp, on, mask, at = (x[row] for x in (logp, on, mask, at))
@@ -174,10 +183,18 @@ def score(
                       for k in range(0, max(1, len(want)), chunk)])
 
 # %% ../nbs/05b_answer.ipynb #a286706b
+def words_of(sample)->str:  # core.Sample; raises TypeError or ValueError that names it
+    "The expression of a sample, trimmed: text of 1 to 5,000 characters."
+    words = sample.expression
+    if not isinstance(words, str):
+        raise TypeError(f'{sample.id}: the expression is a {type(words).__name__}, not text')
+    if not 0 < len(words.strip()) <= 5000:
+        raise ValueError(f'{sample.id}: expression of {len(words.strip())} characters')
+    return words.strip()
+
+# %% ../nbs/05b_answer.ipynb #08751085
 def question(vlm, sample):  # VLM, core.Sample; Dialogue; raises ValueError that names it
     "The dialogue that asks for a sample's box."
-    words = sample.expression.strip()
-    if not 0 < len(words) <= 5000:
-        raise ValueError(f'{sample.id}: expression of {len(words)} characters')
+    words = words_of(sample)
     try: return ask(vlm, vlm.prompt.replace('{expression}', words), [sample.image])
     except ValueError as e: raise ValueError(f'{sample.id}: {e}') from e

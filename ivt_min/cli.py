@@ -1,56 +1,255 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
-import argparse, sys
-from .core import data_path, read_json
+import argparse, hashlib, json, os, sys, tempfile, warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from . import __version__
+from .core import data_path, read_json, settings_hash, write_json
 
-def demo(out, n, model):
-    "Refine boxes in `n` scenes outside the model's training, write a picture, print the results."
+RULE = 'confident'  # the label-free one where no rows choose it
+RUNS = ('base', 'naive', 'sft_errors', 'sft-s1', 'grpo-s1', 'look-s0', 'look_single')  # README's
+
+def film_of(sample, untrained, trained):    # Sample, Episodes
+    "One scene, untrained and trained, a picture and an IoU a step; and the same as a line of text."
     from .boxes import iou
-    from .evaluate import table
-    from .loop import Loop, model_policy, rollout
-    from .model import load
-    from .render import show
-    from .scenes import draw_sample
-    vlm, samples = load(model), [draw_sample(f'demo-{i}', i, 'demo') for i in range(n)]
-    episodes = rollout(model_policy(vlm, loop := Loop(**vlm.loop or {})), samples, loop)
-    for e in episodes:
-        scores = ' -> '.join(f'{iou(b, e.sample.truth):.2f}' for b in e.boxes)
-        print(f'IoU {scores}  {e.sample.expression}')
-    steps = [(e, t) for e in episodes for t in range(len(e.boxes))]
-    texts = [f'step {t}' if t else e.sample.expression for e, t in steps]
-    show([e.image for e, _ in steps], texts, [e.sample.truth for e, _ in steps],
-         [e.boxes[t] for e, t in steps], loop.steps + 1, 256 * max(loop.steps + 1, n)).save(out)
-    print(f"wrote {out}: a row a scene; the truth is green, the model's box red")
-    runs = 'base naive sft-s1 sft_errors grpo-s1 grpo_errors look-s0 look_single'.split()
-    rows = [r for r in read_json(data_path('runs/results.json')) if r['run'] in runs
-            and r['column'] in ('step 0', 'last', 'label-free', 'oracle')]
-    print(f'\n{table(rows)}\nAll runs: nbs/12_results.ipynb')
+    from .render import filmstrip
+    parts, texts = [], []
+    for name, episode in (('untrained', untrained), ('trained', trained)):
+        scores = [f'{iou(box, sample.truth):.2f}' for box in episode.boxes]
+        parts.append(f'{name} ' + ' -> '.join(scores))
+        texts += [f'{name}, step {t}: IoU {score}' for t, score in enumerate(scores)]
+    boxes = [*untrained.boxes, *trained.boxes]
+    strip = filmstrip(sample.image, boxes, sample.truth, texts, sample.expression, side=150)
+    return strip, f'{", ".join(parts)}: {sample.expression}'
+
+def demo_scenes(run, n):    # name of a stored run; number of scenes
+    "Of the test scenes: the first that the run mends, the first that it breaks, the first others."
+    from .evaluate import hits, ious, read_run
+    from .scenes import split
+    done = read_run(data_path(f'runs/{run}'))
+    before, after = (hits(ious(done, step), .5) for step in (0, -1))
+    mended, broken = (after & ~before).nonzero()[0], (before & ~after).nonzero()[0]
+    print(f'The loop {run} on {len(done)} test scenes: {len(mended)} boxes mended (IoU from below '
+          f'0.5 to above), {len(broken)} broken.\nShown: the first of each, and the first others.')
+    chosen = [*mended[:1].tolist(), *broken[:1].tolist()]
+    chosen += [i for i in range(n) if i not in chosen]
+    samples = split('test')
+    return [samples[i] for i in chosen[:n]]
+
+def demo(args):
+    "Show what the loop does, untrained and trained, and the results."
+    from .columns import four_columns
+    from .loop import Loop, free_cores, model_policy, rollout
+    from .model import find_model, load
+    from .render import stack
+    run = read_json(find_model('sft')/'ivt.json')['run']
+    samples, episodes = demo_scenes(run, args.n), []
+    with free_cores():
+        for name in (None, args.model):
+            vlm = load(name, args.device)
+            loop = Loop(**vlm.loop or {})
+            if args.steps is not None: loop = replace(loop, steps=args.steps)
+            episodes.append(rollout(model_policy(vlm, loop), samples, loop))
+    films = [film_of(*row) for row in zip(samples, *episodes)]
+    print(*(line for _, line in films), sep='\n')
+    stack([strip for strip, _ in films]).save(args.out)
+    print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
+    print('Acc@0.5 on the test scenes; oracle picks the best step with the labels: no method')
+    rows = read_json(data_path('runs/results.json'))
+    print(f'{four_columns(rows, RUNS)}\nAll runs: nbs/12_results.ipynb')
+
+def outputs(args):
+    "A file for each picture of `refine`, or None where none is wanted; its folder is made."
+    if args.json and not args.out: return [None] * len(args.image)
+    if len(args.image) == 1: return [writable(args.out or 'ivt_min_refined.jpg')]
+    folder, names = Path(args.out or 'ivt_min_refined'), []
+    for path in args.image:
+        stem = Path(path).stem
+        names.append(stem if stem not in names else f'{stem}-{len(names)}')
+    return [writable(folder/f'{name}.jpg') for name in names]
 
 def refine(args):
-    "Refine one box, print every step in pixels, write a picture."
+    "Find what the words mean in each picture; print the steps, and write pictures of them."
+    from .render import open_image
+    for image in args.image: open_image(image)  # what is wrong is said before the work
+    if not args.expression.strip(): raise ValueError('the expression is empty')
     from .loop import refine
-    try: found = refine(args.image, args.expression, args.model, args.steps)
-    except (ValueError, OSError) as e: return f'ivt_min: {e}'
-    px = lambda box: box and [round(v, 1) for v in box]
+    from .model import find_model
+    find_model(args.model)
+    files = outputs(args)
+    for k in range(0, len(files), args.batch):
+        part = args.image[k:k + args.batch]
+        found = refine(part, args.expression, args.model, args.steps, args.device)
+        for image, one, file in zip(part, found, files[k:k + args.batch]):
+            if file: one.save(file)
+            line = dict(image=image, model=args.model, **one.to_dict())
+            print(json.dumps(line) if args.json else said(image, one, file), flush=True)
+
+def said(image, found, file):   # its path, Refinement, where it was drawn
+    "A refinement in words."
+    def px(box): return 'no box' if box is None else f'{[round(v, 1) for v in box]} px'
+    lines = [f'{image}: {found.expression}']
     for t, step in enumerate(found.steps):
         sure = '' if step.confidence is None else f', confidence {step.confidence:.3f}'
-        print(f'step {t}: {px(step.box)} px{sure}{step.note and f" ({step.note})"}')
-    found.picture.save(args.out)
-    print(f'final: {px(found.final)} px; wrote {args.out}')
+        lines.append(f'  step {t}: {px(step.box)}{sure}' + (f' ({step.note})' if step.note else ''))
+    return '\n'.join([*lines, f'  final: {px(found.final)}; wrote {file}'])
+
+def settings_of(vlm, loop):     # VLM, Loop
+    "What the answers depend on: of the weights a hash of up to 64 values each."
+    some = [p.detach().flatten()[::p.numel() // 64 + 1].tolist() for p in vlm.model.parameters()]
+    return dict(model=vlm.name, prompt=vlm.prompt, loop=asdict(loop), weights=settings_hash(some))
+
+def claim(folder, about, data):     # of the run; what its answers depend on; split -> file
+    "Write down whose run a folder is; ValueError where it is another's already."
+    about = json.loads(json.dumps(about))
+    sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for split, path in data.items()}
+    config = folder/'config.json'
+    old = read_json(config) if config.exists() else about | dict(data={})
+    known = old.pop('data')
+    if old != about or any(known.get(split, sums[split]) != sums[split] for split in sums):
+        raise ValueError(f'{config}: the run of other settings or rows; give another --out')
+    write_json(config, about | dict(data=known | sums))
+
+def ask_all(vlm, loop, samples, path, batch):   # VLM, Loop, list of Sample, JSONL file; at once
+    "The trajectories of all samples. They are kept as they come; stopped anywhere, it goes on."
+    from transformers.utils import logging
+    from .core import append_jsonl, from_row, read_jsonl, to_row, write_jsonl
+    from .datasets import missed, scan
+    from .evaluate import read_run
+    from .loop import model_policy, record, rollout
+    if path.exists(): return read_run(path.parent, path.stem, len(samples))
+    part = path.with_suffix('.part')
+    whole = part.read_bytes() if part.exists() else b''
+    part.write_bytes(whole[:whole.rfind(b'\n') + 1])    # without a line that was cut off
+    done = {t.id: t for t in map(from_row, read_jsonl(part))}
+    usable, reasons = scan(samples, skip=True)
+    for s in samples:
+        if s.id in reasons: done[s.id] = missed(s, reasons[s.id], loop.steps + 1)
+    todo = [s for s in usable if s.id not in done]
+    with logging.tqdm(total=len(samples), initial=len(samples) - len(todo), desc=path.stem) as bar:
+        for k in range(0, len(todo), batch):
+            for e in rollout(model_policy(vlm, loop), todo[k:k + batch], loop, batch=batch):
+                done[e.sample.id] = record(e)
+                append_jsonl(part, to_row(done[e.sample.id]))
+                bar.update()
+    write_jsonl(path, [to_row(done[s.id]) for s in samples])
+    part.unlink()
+    for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
+    return [done[s.id] for s in samples]
+
+def evaluate(args):
+    "Ask a model every row of a file, keep what it says in a folder, print the four columns."
+    from .columns import COLUMNS, columns, single
+    from .datasets import read_rows
+    from .evaluate import metrics, table
+    from .loop import Loop, free_cores
+    from .model import find_model, load
+    find_model(args.model)
+    folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
+    writable(folder/'x.jpg')
+    data = dict(test=args.data) | (dict(val=args.val) if args.val else {})
+    samples = {split: read_rows(path, args.convention) for split, path in data.items()}
+    with free_cores():
+        vlm = load(args.model, args.device)
+        loop = Loop(**vlm.loop or {})
+        if args.steps is not None: loop = replace(loop, steps=args.steps)
+        claim(folder, settings_of(vlm, loop), data)
+        done = {split: ask_all(vlm, loop, samples[split], folder/f'{split}.jsonl', args.batch)
+                for split in data}
+    if args.val:
+        rows = columns(folder.name, done['test'], done['val'])
+        how = f'{next(r["rule"] for r in rows if "rule" in r)}, chosen on {args.val}'
+    else:
+        choices = [RULE if column == 'label-free' else column for column in COLUMNS]
+        rows = [row for column, choice in zip(COLUMNS, choices)
+                for row in metrics(folder.name, single(done['test'], choice), 0, column)]
+        how = f'{RULE}, fixed beforehand; the rows of --val choose one'
+    print(f'{table(rows)}\nlabel-free: the box by the rule {how}\n'
+          f'oracle: the best box by the labels, which is no method\nkept in {folder}')
+
+# ---- the command line
+
+def whole(least):   # number
+    "A reader of whole numbers from `least` on."
+    def number(text):
+        if not text.lstrip('-').isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'{text!r} is no whole number from {least} on')
+        return int(text)
+    return number
+
+def writable(path):     # file
+    "The path, once it is sure that a picture can be written there; ValueError or OSError."
+    from .render import _ENDINGS
+    path = Path(path)
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f'{path}: a picture ends in one of {", ".join(_ENDINGS)}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent): return path
+    except OSError as e: raise ValueError(f'{path}: cannot be written ({e.strerror})') from None
+
+COMMANDS = dict(    # its function, what it is for, an example
+    demo=(demo, 'what the loop does to a few scenes, untrained and trained, and the results',
+          'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
+    refine=(refine, 'find what the words mean in one picture or many',
+            'ivt_min refine data/examples/scene-0.png "the large red star" --json'),
+    evaluate=(evaluate, 'ask a model every row of a JSONL file: image, expression, box (px)',
+              'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'))
+
+def build_parser():
+    "All commands and their options."
+    parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
+    parser.add_argument('--version', action='version', version=f'ivt_min {__version__}')
+    commands = parser.add_subparsers(dest='command', help='by default demo')
+    made = {}
+    for name, (_, what, example) in COMMANDS.items():
+        p = made[name] = commands.add_parser(name, help=what, description=what,
+                                             epilog=f'example: {example}')
+        p.add_argument('--steps', type=whole(0), help='refinements after the first answer')
+        p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")
+        if name != 'evaluate': p.add_argument('--model', default='sft', help='what comes along, '
+                                              'a folder, or a name on the hub; by default sft')
+    made['demo'].add_argument('-n', type=whole(2), default=4, help='number of scenes')
+    made['demo'].add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
+    one = made['refine']
+    one.add_argument('image', nargs='+', help='path of a picture')
+    one.add_argument('expression', help='what to look for, in words')
+    one.add_argument('--json', action='store_true', help='a line of JSON a picture')
+    one.add_argument('--out', help='picture to write; with several pictures, a folder of them')
+    all_of = made['evaluate']
+    all_of.add_argument('model', help='what comes along, a folder, or a name on the hub')
+    all_of.add_argument('data', help='JSONL file; pictures are looked for beside it')
+    all_of.add_argument('--val', help='rows of the same form that choose the label-free rule')
+    all_of.add_argument('--convention', default='xyxy px', choices=('xyxy px', 'xywh px'),
+                        help='what the four numbers of a box are')
+    all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
+    for p in (one, all_of):
+        p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
+    return parser
 
 def main(argv=None):
-    "Entry point; without arguments the demo and the results table."
-    parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
-    one = parser.add_subparsers(dest='command').add_parser('refine', help='refine one box')
-    for p, out in ((parser, 'ivt_min_demo.jpg'), (one, 'film.png')):
-        p.add_argument('--out', default=out, help='picture to write')
-        p.add_argument('--model', default='sft', help='adapter, folder or hub name; by default sft')
-    parser.add_argument('-n', type=int, default=4, help='number of scenes')
-    one.add_argument('image', help='path of a picture')
-    one.add_argument('expression', help='what to look for, in words')
-    one.add_argument('--steps', type=int, help='refinements after the first answer')
-    args = parser.parse_args(argv)
-    if args.command: return refine(args)
-    if args.n < 1: parser.error('-n must be at least 1')
-    demo(args.out, args.n, args.model)
+    "Entry point; without a command, the demo. Exit code 2 for a mistake, 130 for Ctrl-C."
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not {'-h', '--help', '--version'} & set(words[:1]):
+        at = next((k for k, word in enumerate(words) if word in COMMANDS), None)
+        words = ['demo', *words] if at is None else [words[at], *words[:at], *words[at + 1:]]
+    args = build_parser().parse_args(words)
+    try:
+        if args.command == 'demo': writable(args.out)
+        with warnings.catch_warnings():     # what libraries say of each other stays unsaid
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('once', '.* is a model of ')
+            warnings.showwarning = lambda said, *more: print(f'note: {said}', file=sys.stderr)
+            COMMANDS[args.command][0](args)
+        sys.stdout.flush()
+    except (ValueError, TypeError, OSError) as e:
+        if isinstance(e, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f'ivt_min: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('ivt_min: stopped; what was finished is kept', file=sys.stderr)
+        return 130
 
 if __name__ == '__main__': sys.exit(main())

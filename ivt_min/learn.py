@@ -16,7 +16,7 @@ from .boxes import iou
 from .answer import score
 from .grpo import advantage, grpo_loss, normaliser, reward
 from .loop import model_policy, rollout
-from .model import wake_late
+from .model import add_adapter, use_adapter, wake_late
 from .run import Run, fingerprint
 from .sft import trainable
 from .tokens import Transcript, transcript
@@ -50,9 +50,9 @@ def logps(vlm, rows, s)->list:  # VLM, Transcripts, GRPO; a tensor (sampled ids,
 @torch.no_grad()
 def fixed(vlm, rows, s, name, then=None)->list:     # as for `logps`; adapter, the one after it
     "The same by another adapter, as numbers."
-    vlm.model.set_adapter(name)
+    use_adapter(vlm, name)
     out = logps(vlm, rows, s)
-    vlm.model.set_adapter(then or name)
+    use_adapter(vlm, then or name)
     return out
 
 # %% ../nbs/11b_learn.ipynb #86d69501
@@ -119,7 +119,7 @@ def twin(vlm, name='sft', new='grpo')->dict:  # VLM, its adapter, name of the co
     "A copy of an adapter that is trained while the adapter itself is frozen."
     config = copy.copy(vlm.model.peft_config[name])
     config.inference_mode = False
-    vlm.model.add_adapter(config, new)
+    add_adapter(vlm, config, new)
     if name in vlm.late.get('names', ()): wake_late(vlm, new)
     params, every = trainable(vlm, new), dict(vlm.model.named_parameters())
     for n, p in params.items(): p.data.copy_(every[n.replace(f'.{new}', f'.{name}')])

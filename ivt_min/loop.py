@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['Loop', 'Episode', 'picture', 'drawing', 'rollout', 'scripted', 'go_on', 'model_policy', 'record', 'Step',
-           'Refinement', 'refine']
+           'Refinement', 'check_pictures', 'free_cores', 'refine']
 
 # %% ../nbs/07_refine.ipynb #0b098702
-from dataclasses import dataclass, replace
+import os, warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 import torch
 from transformers.utils import logging
 from .core import Sample, Trajectory, rng
 from .boxes import iou, parse_box, to_pixels
 from .render import draw_box, filmstrip, open_image
 from .model import VLM, Dialogue, _marks, encode, image_tokens, load, look, to_patches
-from .answer import Turn, answer, closed, distinct, question
+from .answer import Turn, answer, closed, distinct, question, words_of
 
 # %% ../nbs/07_refine.ipynb #59085b77
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def _start(sample, key):
     try: return Episode(sample, open_image(sample.image), key)
     except ValueError as e: raise ValueError(f'{sample.id}: {e}') from e
 
+# %% ../nbs/07_refine.ipynb #4010b4cf
 def rollout(
     policy,         # function of (episodes, memory or None) -> (a Turn for each, memory)
     samples,        # list of core.Sample
@@ -160,31 +164,87 @@ class Step:
 @dataclass(frozen=True)
 class Refinement:
     "What `refine` found; in a notebook it shows its steps."
+    expression: str     # what was looked for
     steps: tuple        # of Step, the first answer and each refinement
-    final: tuple        # the last box that could be read, px, or None
+    final: tuple        # (x0, y0, x1, y1), px: the last box that could be read, or None
+    size: tuple         # width and height of the upright picture, px
     picture: object     # render.Picture of the steps
 
-    def __repr__(self): return f'Refinement(final={self.final}, {len(self.steps)} steps)'
+    def __repr__(self):
+        px = self.final and ', '.join(f'{v:.1f}' for v in self.final)
+        found = f'final=({px}) px' if px else 'no box could be read'
+        return f'Refinement({self.expression!r}: {found}, {len(self.steps)} steps)'
+
     def _repr_jpeg_(self): return self.picture._repr_jpeg_()
+
+    def save(self, path):   # its ending says the format
+        "Write the picture of the steps to a file."
+        self.picture.save(path)
+
+    def to_dict(self)->dict:    # for JSON
+        "All but the picture."
+        return {k: v for k, v in asdict(replace(self, picture=None)).items() if k != 'picture'}
+
+# %% ../nbs/07_refine.ipynb #95275afd
+def check_pictures(image, expression)->list:     # as for `refine`
+    "The samples that `refine` is asked for, each looked at before the work begins."
+    images = image if isinstance(image, list) else [image]
+    words = expression if isinstance(expression, list) else [expression]
+    if not isinstance(image, list): images = images * len(words)
+    if not isinstance(expression, list): words = words * len(images)
+    if len(images) != len(words):
+        raise ValueError(f'{len(images)} pictures, but {len(words)} expressions')
+    samples = []
+    for k, (picture, text) in enumerate(zip(images, words), 1):
+        name = f'picture {k} of {len(images)}' if len(images) > 1 else 'picture'
+        sample = Sample(name, '', text, (0, 0, 1, 1), picture)
+        words_of(sample)
+        opened = _start(sample, ()).image
+        if not isinstance(picture, (str, Path)): sample = replace(sample, image=opened)
+        samples.append(sample)
+    return samples
+
+# %% ../nbs/07_refine.ipynb #f1248236
+def _found(episode):
+    "A finished episode as a Refinement."
+    done, size = record(episode), episode.image.size
+    boxes = [box and to_pixels(box, *size) for box in done.boxes]
+    steps = tuple(Step(*s) for s in zip(done.texts, boxes, done.logps, done.notes))
+    final = episode.held and to_pixels(episode.held, *size)
+    strip = filmstrip(episode.image, done.boxes, title=done.expression)
+    return Refinement(done.expression, steps, final, size, strip)
+
+# %% ../nbs/07_refine.ipynb #18ba97f6
+@contextmanager
+def free_cores():
+    "On a CPU torch takes the cores that nobody uses: two programs that want all of them both wait."
+    before = torch.get_num_threads()
+    busy = round(os.getloadavg()[0]) if hasattr(os, 'getloadavg') else 0
+    torch.set_num_threads(max(1, min(before, os.cpu_count() - busy)))
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/07_refine.ipynb #69620a9e
 _loaded = cache(load)
 
 def refine(
-    image,          # path, bytes, PIL image, or array of uint8 (H, W[, 3 or 4])
-    expression,     # what to look for, in words
-    model='sft',    # VLM, adapter, folder or hub name; by default the fine-tuned tiny model
+    image,          # path, bytes, PIL image, or array of uint8 (H, W[, 3 or 4]); or a list
+    expression,     # what to look for, in words; or a list, one a picture
+    model='sft',    # VLM, or as for `load`; by default the fine-tuned tiny model
     steps=None,     # refinements after the first answer; by default those of the loop
+    device=None,    # 'cpu', 'cuda', ...; by default a GPU if there is one
     loop=None,      # Loop; by default the one that the model was taught with
-)->Refinement:      # raises ValueError on a bad picture, or an expression that is empty or too long
+    batch=16,       # pictures at once
+)->Refinement:      # a list of them for a list; raises ValueError or TypeError before any work
     "Find what the words mean, look at the answer, and find it better."
-    vlm = model if isinstance(model, VLM) else _loaded(model)
-    loop = loop or Loop(**vlm.loop or {})
-    loop = replace(loop, steps=loop.steps if steps is None else steps)
-    sample = Sample('refine', '', expression, (0, 0, 1, 1), open_image(image))
-    [episode] = rollout(model_policy(vlm, loop), [sample], loop)
-    done, size = record(episode), episode.image.size
-    px = lambda box: box and to_pixels(box, *size)
-    said = zip(done.texts, map(px, done.boxes), done.logps, done.notes)
-    return Refinement(tuple(Step(*s) for s in said), px(episode.held),
-                      filmstrip(episode.image, done.boxes))
+    samples = check_pictures(image, expression)
+    if steps is not None and type(steps) is not int: raise TypeError(f'steps: {steps!r}, no int')
+    if steps is not None and steps < 0: raise ValueError(f'steps: {steps} is below 0')
+    with free_cores():
+        vlm = model if isinstance(model, VLM) else _loaded(model, device)
+        loop = loop or Loop(**vlm.loop or {})
+        loop = replace(loop, steps=loop.steps if steps is None else steps)
+        if vlm.made_for: warnings.warn(f'{vlm.name} is a model of {vlm.made_for}: '
+                                       'on other pictures its boxes mean nothing', stacklevel=2)
+        found = [_found(e) for e in rollout(model_policy(vlm, loop), samples, loop, batch=batch)]
+    return found if isinstance(image, list) or isinstance(expression, list) else found[0]

@@ -6,15 +6,14 @@
 __all__ = ['PAPER', 'TARGETS', 'EYES', 'SFT', 'trainable', 'add_lora', 'Row', 'make_row', 'sft_loss', 'train_sft', 'save_adapter']
 
 # %% ../nbs/10_sft.ipynb #f9980297
-import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors import torch as safe
 from .core import data_path, rng, write_json
 from .boxes import format_box
-from .model import Dialogue, encode, wake_late
+from .model import SAVED, Dialogue, adapter_weights, add_adapter, encode, wake_late
 from .answer import Turn, closed, score
 from .loop import Loop, rollout
 from .run import Run, fingerprint
@@ -64,7 +63,7 @@ def add_lora(vlm, name, s)->dict:  # VLM, name of its adapter, SFT; name -> para
                       target_modules=f'{TARGETS}|{EYES}' if s.vision else TARGETS)
     with torch.random.fork_rng():   # leaves the caller's generator as it was
         torch.manual_seed(s.seed)
-        vlm.model.add_adapter(lora, name)
+        add_adapter(vlm, lora, name)
     if s.late: wake_late(vlm, name)
     return trainable(vlm, name)
 
@@ -75,6 +74,14 @@ class Row:
     dialogue: Dialogue  # L ids and all pictures
     mask: tuple         # L numbers, 1 where the id is learned
 
+# %% ../nbs/10_sft.ipynb #543c432a
+def _as_said(turn, box):
+    "Whether the loop ends a turn at its end and nowhere before, and reads the box that it names."
+    text = turn.text
+    ends = [k for k in range(1, len(text) + 1) if closed(text[:k])]
+    return ends == [len(text)] and text.endswith(format_box(box or (0,) * 4))
+
+# %% ../nbs/10_sft.ipynb #61202b3a
 def make_row(vlm, s, sample, trace=None)->Row:  # SFT; of write_traces, None is single-shot
     "A trace as the loop has it, all after its first answer learned; ValueError where it is cut."
     first, *rest = [trace['box'], *trace['targets']] if trace else [sample.truth]
@@ -83,12 +90,9 @@ def make_row(vlm, s, sample, trace=None)->Row:  # SFT; of write_traces, None is 
     said = [Turn((*encode(vlm, w), *encode(vlm, b)), (), w + b, end='box') for w, b in told]
     policy = lambda episodes, memory: ([said[len(e.turns)] for e in episodes], None)
     [e] = rollout(policy, [sample], replace(s.loop, steps=len(said) - 1))
-    for turn, b in zip(said, e.boxes):
-        t = turn.text
-        ends = [k for k in range(1, len(t) + 1) if closed(t[:k])]
-        read = ends == [len(t)] and t.endswith(format_box(b or (0,) * 4))
-        if not read or len(turn.ids) > s.loop.max_tokens:
-            raise ValueError(f'{sample.id}: the loop would cut or misread {t!r}')
+    for turn, box in zip(said, e.boxes):
+        if not _as_said(turn, box) or len(turn.ids) > s.loop.max_tokens:
+            raise ValueError(f'{sample.id}: the loop would cut or misread {turn.text!r}')
     whole = transcript(vlm, s.loop, e)
     start = whole.mask.index(1) + bool(trace) * len(said[0].ids)
     return Row(whole.dialogue, tuple(m * (i >= start) for i, m in enumerate(whole.mask)))
@@ -124,17 +128,23 @@ def train_sft(
     return run.log
 
 # %% ../nbs/10_sft.ipynb #e6362f1d
-def save_adapter(vlm, name, folder, loop):  # VLM, name of its adapter, where to, Loop of its rows
+def save_adapter(
+    vlm,        # VLM
+    name,       # of its adapter
+    folder,     # where to, is made
+    loop,       # Loop of its rows
+    run='',     # name of the run that made it
+):
     "Write an adapter as a plain PEFT folder in bf16, with its base and its loop beside it."
     folder, base = Path(folder), vlm.model.name_or_path
     base = None if Path(base) == data_path('tiny') else base
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(vlm.model, adapter_name=name)
-    (folder/'adapter_model.safetensors').write_bytes(safe.save(
-        {f'base_model.model.{k}': v.bfloat16().cpu().contiguous() for k, v in weights.items()},
-        metadata=dict(format='pt')))
-    config = copy.copy(vlm.model.peft_config[name])
-    config.base_model_name_or_path, config.inference_mode = base or 'tiny', True
-    config.save_pretrained(folder)
+    weights = adapter_weights(vlm, name).items()
+    (folder/SAVED).write_bytes(safe.save({k: v.bfloat16().cpu().contiguous() for k, v in weights},
+                                         metadata=dict(format='pt')))
+    config = vlm.model.peft_config[name].to_dict() | dict(
+        base_model_name_or_path=base or 'tiny', inference_mode=True)
+    write_json(folder/'adapter_config.json',    # what is None may be unknown to an older peft
+               {k: v for k, v in config.items() if v is not None})
     late = name in vlm.late.get('names', ())
-    write_json(folder/'ivt.json', dict(base=base, loop=asdict(loop), late=late))
+    write_json(folder/'ivt.json', dict(run=run, base=base, loop=asdict(loop), late=late))

@@ -486,4 +486,4 @@ def test_real_photographs():
         seen = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
         assert plain.size == size and np.abs(np.subtract(seen, row['solution'])).max() <= 1.5
         strip = filmstrip(s.image, [s.truth, None, (0, 0, 1000, 1000)], s.truth)
-        assert strip.image.width == 384 and len(strip._repr_jpeg_()) < 60_000
+        assert 3 * 96 <= strip.image.width <= 3 * 192 + 8 and len(strip._repr_jpeg_()) < 60_000

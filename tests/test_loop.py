@@ -1,7 +1,4 @@
 """The loop: any picture, any words, any answer; what goes on is what was sampled."""
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +95,7 @@ def test_words_stay_words(vlm, text, form):
 
 @pytest.mark.parametrize("text", ["", "  \n", "a" * 50_000])
 def test_no_words_or_far_too_many_are_an_error(text):
-    with pytest.raises(ValueError, match="refine: expression of"):
+    with pytest.raises(ValueError, match="picture: expression of"):
         refine(split("val", 1)[0].image, text)
 
 
@@ -132,7 +129,7 @@ def test_nothing_drawn_is_said(vlm):
                                             (Loop(steps=1), 3, 4)])
 def test_how_often_refine_looks(vlm, loop, steps, n):
     sample = split("val", 1)[0]
-    assert len(refine(sample.image, sample.expression, vlm, steps, loop).steps) == n
+    assert len(refine(sample.image, sample.expression, vlm, steps, loop=loop).steps) == n
 
 
 def test_refine_is_one_function_and_takes_any_picture(vlm, tmp_path):
@@ -177,24 +174,3 @@ def test_photographs_go_through_everything(vlm):
         found, size = refine(s.image, s.expression, vlm, steps=1), Image.open(s.image).size
         for step in found.steps:
             assert step.box is None or all(-1e-6 <= v <= w + 1e-6 for v, w in zip(step.box, size * 2))
-
-
-def command(*args, cwd):
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run([sys.executable, "-m", "ivt_min.cli", *args], capture_output=True, text=True,
-                          cwd=cwd, env=env)
-
-
-def test_command_refines_a_picture(tmp_path):
-    photo = data_path("samples/exif6.jpg").resolve()
-    done = command("refine", str(photo), "the square", "--steps", "1", "--out", "f.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["step 0", "step 1", "final"]
-    assert Image.open(tmp_path / "f.png").format == "PNG"
-
-
-@pytest.mark.parametrize("args, what", [(("no.jpg", "a star"), "no.jpg"), (("{photo}", " "), "0 characters")])
-def test_command_names_what_is_wrong(tmp_path, args, what):
-    photo = str(data_path("samples/plain.jpg").resolve())
-    done = command("refine", *(a.replace("{photo}", photo) for a in args), cwd=tmp_path)
-    assert done.returncode and what in done.stderr and "Traceback" not in done.stderr

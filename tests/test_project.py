@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 NAME = [p.name for p in NOTEBOOKS]
 
 DEPENDENCIES = {"torch", "transformers", "peft", "bitsandbytes", "PIL", "numpy",
-                "safetensors"}  # the last one comes with transformers
+                "safetensors", "huggingface_hub"}  # the last one comes with transformers
 LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "columns", "traces"}
 HAND_MADE = {"__init__", "cli"}  # modules without a notebook
 FRAMEWORKS = set(
@@ -247,21 +247,34 @@ def bad_top(names):
 
 def commands(readme):
     """The command lines in the shell blocks of a README."""
-    blocks = re.findall(r"^```(?:sh|bash|shell|console)\n(.*?)^```", readme, re.M | re.S)
-    lines = "".join(blocks).splitlines()
+    return blocks(readme, "sh|bash|shell")
+
+
+def blocks(readme, kinds):
+    """The lines in a README's blocks of some kinds, without comments of their own line."""
+    found = re.findall(rf"^```(?:{kinds})\n(.*?)^```", readme, re.M | re.S)
+    lines = "".join(found).splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def readme_table(readme):
-    """[(run, column, metric, text of the cell)] of the table between the two marks."""
-    block = re.search(r"<!-- results -->(.*?)<!-- /results -->", readme, re.S)
-    lines = block[1].split("\n") if block else []
+    """[(run, column, metric, text of the cell)] of the table between the two marks.
+
+    The first mark names the metric of all columns but `n`, or none: then the second column of the
+    table is the results' column, and the others are metrics.
+    """
+    block = re.search(r"<!-- results ?(\w*) -->(.*?)<!-- /results -->", readme, re.S)
+    lines = block[2].split("\n") if block else []
     lines = [line.strip() for line in lines if line.strip().startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     if not rows:
         return []
     head, body = rows[0], [r for r in rows[1:] if not set("".join(r)) <= set("-: ")]
-    cells = [(r[0], r[1], metric, text) for r in body for metric, text in zip(head[2:], r[2:])]
+    if block[1]:
+        cells = [(r[0], "step 0" if name == "n" else name, "n" if name == "n" else block[1], text)
+                 for r in body for name, text in zip(head[1:], r[1:])]
+    else:
+        cells = [(r[0], r[1], metric, text) for r in body for metric, text in zip(head[2:], r[2:])]
     return [c for c in cells if re.search(r"\d", c[3])]
 
 
@@ -290,7 +303,7 @@ def figure_problems(readme, results):
 
 def loose_figures(readme):
     """Figures that look measured and stand outside the table, where no test compares them."""
-    held = r"<!-- results -->.*?<!-- /results -->|^```.*?^```"
+    held = r"<!-- results.*?<!-- /results -->|^```.*?^```"
     text = re.sub(held, "", readme, flags=re.M | re.S)
     found = re.findall(r"(?<![\w.])0\.\d{2,}|\d+(?:\.\d+)? ?%", text)
     return [figure for figure in found if figure != "95 %"]  # the level of every interval
@@ -427,7 +440,7 @@ def test_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     first, second = commands(readme)
     assert first == "pip install -e . && ivt_min"
-    assert second == "pip install -e '.[dev]' && nbdev_test"
+    assert second == "pip install -e '.[dev]' && nbdev_test --do_print"
     assert broken_links(readme, ROOT) == []
     assert loose_figures(readme) == []
     assert [n for n in NAME if f"(nbs/{n})" not in readme and n != "index.ipynb"] == []
@@ -441,7 +454,19 @@ def test_readme_says_what_was_measured():
 
 def test_setup_declares_what_is_used():
     wanted = {re.match(r"[\w-]+", r)[0] for r in shlex.split(get_config(path=ROOT).requirements)}
-    assert wanted == {"torch", "transformers", "peft", "bitsandbytes", "pillow", "numpy"}
+    assert wanted == {"torch", "transformers", "peft", "bitsandbytes", "pillow", "numpy",
+                      "safetensors"}
+
+
+def open_windows(requirements):
+    """Requirements without a last version, by which a new release could break an install."""
+    return [r for r in shlex.split(requirements) if not re.search(r"==|<", r)]
+
+
+def test_windows_are_closed():
+    cfg = get_config(path=ROOT)
+    assert open_windows(cfg.requirements) == open_windows(cfg.dev_requirements) == []
+    assert open_windows("'a>=1' 'b<2' c 'd==1'") == ["a>=1", "c"]
 
 
 # ---- the checks under test: each complains about a bad example
@@ -578,6 +603,25 @@ def test_sync_check_can_fail(tmp_path):
 def test_layout_check_can_fail():
     assert bad_top(["nbs/a", ".ci/run", ".gitignore", "LICENSE"]) == []
     assert bad_top(["nbs/a", "pyproject.toml", "src/x.py"]) == ["pyproject.toml", "src"]
+
+
+WIDE = """
+<!-- results mean -->
+| run | step 0 | oracle | n |
+|---|---|---|---|
+| base | 0.71 [0.69, 0.74] | | 505 |
+| naive | 0.71 | 0.90 | 505 |
+<!-- /results -->
+"""
+
+
+def test_wide_figures():
+    rows = [dict(run=run, column=column, metric="mean", value=value, low=.69, high=.74, n=505)
+            for run, column, value in (("base", "step 0", .711), ("naive", "step 0", .711),
+                                       ("naive", "oracle", .9))]
+    assert figure_problems(WIDE, rows) == [] and len(readme_table(WIDE)) == 5
+    for old, new in (("0.90", "0.91"), ("505", "504"), ("0.69", "0.68"), ("naive", "best")):
+        assert figure_problems(WIDE.replace(old, new), rows)
 
 
 TABLE = """
