@@ -17,7 +17,7 @@ from ivt_min.core import rng
 from ivt_min.grpo import GRPO, advantage, grpo_loss, normaliser
 from ivt_min.learn import fixed, gather, logps, train_grpo, twin
 from ivt_min.loop import Loop, model_policy, rollout
-from ivt_min.model import Dialogue, load
+from ivt_min.model import Dialogue, load, use_adapter
 from ivt_min.scenes import split
 from ivt_min.sft import SFT, add_lora
 from ivt_min.tokens import transcript
@@ -245,7 +245,7 @@ def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, pe
     for a, r, mask, n in zip(A, rows, masks, lengths):
         both = []
         for name in ("sft", "grpo"):
-            vlm.model.set_adapter(name)
+            use_adapter(vlm, name)
             both.append(score(vlm, [r.dialogue], [mask], s.loop.temperature))
         gap = both[0].detach() - both[1]
         each = s.beta * (gap.exp() - gap - 1) - a * (1 + both[1] - both[1].detach())
