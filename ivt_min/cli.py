@@ -55,7 +55,7 @@ def demo(args):
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
     print('Acc@0.5 on the test scenes; oracle picks the best step with the labels: no method')
     rows = read_json(data_path('runs/results.json'))
-    print(f'{four_columns(rows, RUNS)}\nAll runs: nbs/12_results.ipynb')
+    print(f'{four_columns(rows, RUNS)}\nAll runs: nbs/lab/40_results.ipynb')
 
 def outputs(args):
     "A file for each picture of `refine`, or None where none is wanted; its folder is made."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'write_json', 'read_json', 'write_jsonl', 'append_jsonl',
-           'read_jsonl', 'rng', 'settings_hash', 'stored']
+           'read_jsonl', 'rng', 'distinct', 'settings_hash', 'stored']
 
 # %% ../nbs/00_core.ipynb #b1a262c7
 import hashlib, json, os
@@ -121,6 +121,13 @@ def rng(*keys):  # strings and ints that name what is drawn
     "A random generator that depends on its keys alone, on every machine the same."
     digest = hashlib.sha256(_dumps(keys).encode()).digest()
     return np.random.default_rng([int(v) for v in np.frombuffer(digest, '<u8')])
+
+# %% ../nbs/00_core.ipynb #be8d1487
+def distinct(items)->tuple:     # anything
+    "The different objects of a list, and where in them each item is."
+    some = {id(x): x for x in items}
+    at = {i: k for k, i in enumerate(some)}
+    return [*some.values()], [at[id(x)] for x in items]
 
 # %% ../nbs/00_core.ipynb #f7b8b75a
 def settings_hash(settings):  # dataclass or dict

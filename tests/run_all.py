@@ -1,7 +1,7 @@
 """Run every cell of every notebook in a fresh copy, as Jupyter's "Run all" does.
 
     python tests/run_all.py                            # all of nbs/
-    python tests/run_all.py 04_datasets 10b_runs       # these alone
+    python tests/run_all.py 20_datasets 36_sft_runs       # these alone
 
 What git tracks is copied, as it lies in the working tree, into a folder with a git and a home of
 its own: no cache of this machine is there. Then nbclient runs the notebooks there one after the
@@ -105,12 +105,12 @@ def main():
         make_copy(copy)
         env, failed = environment(copy, copy.parent / "home"), []
         names = [Path(name).stem for name in args.names]
-        known = sorted(p.stem for p in (copy / "nbs").glob("[!_.]*.ipynb"))
-        if unknown := set(names) - set(known):
+        known = {p.stem: p for p in sorted((copy / "nbs").rglob("[!_.]*.ipynb"))}
+        if unknown := set(names) - known.keys():
             parser.error(f"no such notebook: {', '.join(sorted(unknown))}")
         print("notebook | cells | seconds | result\n--- | --- | --- | ---", flush=True)
         for name in names or known:
-            cells, seconds, wrong = run(copy / "nbs" / f"{name}.ipynb", env, args.limit)
+            cells, seconds, wrong = run(known[name], env, args.limit)
             wrong = "; ".join([*filter(None, [wrong]), *left_behind(copy)])
             failed += [name] * bool(wrong)
             print(f"{name} | {cells} | {seconds:.0f} | {wrong or 'ok'}", flush=True)

@@ -1,8 +1,8 @@
 """Run notebooks by the rules of nbdev_test and store what their cells show.
 
-    python tests/run_notebooks.py nbs/03_scenes.ipynb nbs/05_model.ipynb
+    python tests/run_notebooks.py nbs/03_scenes.ipynb nbs/04_model.ipynb
     python tests/run_notebooks.py                                 # all of nbs/
-    python tests/run_notebooks.py --flags slow nbs/06_tiny.ipynb  # its slow cells, too
+    python tests/run_notebooks.py --flags slow nbs/21_tiny.ipynb  # its slow cells, too
 
 Each notebook has a process of its own, with nbs/ as the working directory and IN_TEST=1. Cells with
 `#| slow`, `#| gpu` or `#| eval: false` are left out and keep the output they have. A notebook is
@@ -117,7 +117,7 @@ def main():
         print("\n".join(problems), file=sys.stderr)
         return int(bool(problems))
     failed = 0
-    for path in args.paths or sorted((ROOT / "nbs").glob("[!_.]*.ipynb")):
+    for path in args.paths or sorted((ROOT / "nbs").rglob("[!_.]*.ipynb")):
         start = time.time()
         command = [sys.executable, __file__, "--here", "--flags", args.flags, str(path.resolve())]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, **QUIET}).returncode

@@ -101,7 +101,7 @@ def main_exit(words):
     (f"refine {SCENE} star --steps -1", "-1"), (f"refine {SCENE} star --steps 2.5", "2.5"),
     (f"refine {SCENE} star --batch 0", "'0'"), ("-n 0", "'0'"), ("demo -n x", "'x'"),
     (f"refine {SCENE}", "expression"), ("refine", "image"), ("nonsense", "nonsense"),
-    (f"--model sft evaluate sft data/examples/rows.jsonl", "--model"),
+    ("--model sft evaluate sft data/examples/rows.jsonl", "--model"),
     (f"refine {SCENE} star --colour red", "--colour"),
 ])
 def test_a_mistyped_line_is_refused(capsys, line, word):
@@ -194,7 +194,8 @@ def test_ctrl_c_is_one_line_and_what_was_finished_is_kept(place):
     many_rows(place, 400)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "ivt_min.cli", *"evaluate sft many.jsonl --out cut".split()]
-    job = subprocess.Popen(words + ["--batch", "4"], cwd=place, env=env, text=True,
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)    # in the background it is ignored
+    job = subprocess.Popen(words + ["--batch", "4"], cwd=place, env=env, text=True, preexec_fn=heed,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     part, end = place / "cut/test.part", time.time() + 120
     while time.time() < end and job.poll() is None:

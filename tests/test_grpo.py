@@ -11,16 +11,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
-from ivt_min import learn
-from ivt_min.answer import log_probs, score
+from ivt_min import grpo
 from ivt_min.core import rng
-from ivt_min.grpo import GRPO, advantage, grpo_loss, normaliser
-from ivt_min.learn import fixed, gather, logps, train_grpo, twin
-from ivt_min.loop import Loop, model_policy, rollout
-from ivt_min.model import Dialogue, load, use_adapter
 from ivt_min.scenes import split
-from ivt_min.sft import SFT, add_lora
-from ivt_min.tokens import transcript
+from ivt_min.model import Dialogue, load, use_adapter
+from ivt_min.answer import log_probs, score
+from ivt_min.loop import Loop, model_policy, rollout, transcript
+from ivt_min.train import add_lora, twin
+from ivt_min.sft import SFT
+from ivt_min.grpo import GRPO, advantage, fixed, gather, grpo_loss, logps, normaliser, train_grpo
 
 torch.set_num_threads(1)
 TINY = GRPO(Loop(steps=1, max_tokens=8, temperature=1.2), prompts=2, group=3, steps=1, every=1,
@@ -229,7 +228,7 @@ def test_a_twin_says_what_its_model_says(late):
 @pytest.mark.parametrize("per, first", [("sample", True), ("token", False), ("constant", True)])
 def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, per, first):
     """Loss and gradient's norm, whole and without a ratio, of a twin that has left its leash."""
-    monkeypatch.setattr(learn, "reward", by_ids)
+    monkeypatch.setattr(grpo, "reward", by_ids)
     loop = replace(TINY.loop, max_tokens=20, steps=1 if first else 2)
     s = replace(TINY, loop=loop, per=per, first=first, beta=.5)
     few, (vlm, params) = split("train", 5), lesson(.1)
@@ -261,10 +260,10 @@ def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, pe
 
 
 def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypatch):
-    few, (vlm, params), inner, sizes = split("train", 2), lesson(), learn.logps, []
+    few, (vlm, params), inner, sizes = split("train", 2), lesson(), grpo.logps, []
     flat, free = {few[0].id}, replace(TINY, beta=0.)
-    monkeypatch.setattr(learn, "reward", lambda e, *how: 1. if e.sample.id in flat else by_ids(e))
-    monkeypatch.setattr(learn, "logps", lambda v, r, s: [sizes.append(len(r)), inner(v, r, s)][1])
+    monkeypatch.setattr(grpo, "reward", lambda e, *how: 1. if e.sample.id in flat else by_ids(e))
+    monkeypatch.setattr(grpo, "logps", lambda v, r, s: [sizes.append(len(r)), inner(v, r, s)][1])
     copy = lambda: [p.detach().clone() for p in params.values()]
     same = lambda old: all(map(torch.equal, old, params.values()))
     before = copy()
@@ -294,18 +293,18 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 import test_grpo as here
-from ivt_min import learn
+from ivt_min import grpo
 from ivt_min.core import read_jsonl
 
 home, few = Path(sys.argv[1]), here.split("train", 5)
 loop = here.replace(here.TINY.loop, max_tokens=4)
 s = here.replace(here.TINY, loop=loop, steps=4, micro=3)
-(vlm, params), dice, learn.reward = here.lesson(), random.Random(0), here.by_ids
+(vlm, params), dice, grpo.reward = here.lesson(), random.Random(0), here.by_ids
 
 def start(folder):
     if child := os.fork(): return child
     status = 1
-    try: status = 4 - len(learn.train_grpo(vlm, params, few, s, folder))
+    try: status = 4 - len(grpo.train_grpo(vlm, params, few, s, folder))
     finally: os._exit(status)
 
 def files(folder):

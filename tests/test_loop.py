@@ -9,16 +9,15 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from ivt_min import refine
-from ivt_min.answer import answer, closed, question, score
-from ivt_min.boxes import iou, parse_box
-from ivt_min.core import Sample, data_path, from_row, to_row
-from ivt_min.datasets import missed, read_ref_adv_s, scan
-from ivt_min.evaluate import metrics
-from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, refine as same, rollout,
-                          scripted)
-from ivt_min.model import load
+from ivt_min.core import data_path, from_row, to_row
+from ivt_min.boxes import parse_box
 from ivt_min.scenes import split
-from ivt_min.tokens import transcript
+from ivt_min.model import load, question
+from ivt_min.answer import answer, closed, score
+from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, refine as same, rollout,
+                          scripted, transcript)
+from ivt_min.evaluate import metrics
+from ivt_min.datasets import missed, read_ref_adv_s, scan
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,16 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from peft import PeftModel
 
-from ivt_min import run, sft
-from ivt_min.answer import Turn, question, score
-from ivt_min.boxes import format_box
+from ivt_min import sft, train
 from ivt_min.core import data_path, read_json, read_jsonl
-from ivt_min.loop import Loop, go_on, model_policy, refine, rollout
-from ivt_min.model import encode, load
+from ivt_min.boxes import format_box
 from ivt_min.scenes import split
-from ivt_min.run import last_checkpoint
-from ivt_min.sft import SFT, add_lora, make_row, save_adapter, train_sft
-from ivt_min.tokens import transcript
+from ivt_min.model import encode, load, question
+from ivt_min.answer import Turn, score
+from ivt_min.loop import Loop, go_on, model_policy, refine, rollout, transcript
+from ivt_min.train import add_lora, last_checkpoint, save_adapter
+from ivt_min.sft import SFT, make_row, train_sft
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,7 +288,7 @@ def test_another_run_does_not_go_on_from_it(tmp_path):
 def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
     for k in (1, 2, 3):
         tensors = dict(x=torch.full((9,), float(k)))
-        run.save_checkpoint(tmp_path, k, tensors, dict(settings_hash="s"))
+        train.save_checkpoint(tmp_path, k, tensors, dict(settings_hash="s"))
     path = tmp_path / "000003" / name
     data = path.read_bytes()
     path.unlink()
@@ -362,14 +361,15 @@ import os, random, select, shutil, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from ivt_min import run, sft
+from ivt_min import sft, train
+from ivt_min.core import write_json
 from ivt_min.model import load
 from ivt_min.scenes import split
-from ivt_min.core import write_json
+from ivt_min.train import add_lora, save_adapter
 
 home, vlm = Path(sys.argv[1]), load(device="cpu")
 s = sft.SFT(rank=4, alpha=4, batch=3, micro=2, steps=10, warmup=2, every=2, lr=3e-3)
-params, lessons = sft.add_lora(vlm, "x", s), [(x, None) for x in split("train", 7)]
+params, lessons = add_lora(vlm, "x", s), [(x, None) for x in split("train", 7)]
 dice = random.Random(0)
 
 def slow(pipe):
@@ -386,7 +386,7 @@ def slow(pipe):
         some = [*Path(path).iterdir()][:1] if Path(path).exists() else []
         for p in some: p.unlink(); stop(b"o")
         remove(path, **kw)
-    Path.write_bytes, run.write_json = write_bytes, write_state
+    Path.write_bytes, train.write_json = write_bytes, write_state
     os.replace, shutil.rmtree = rename, rmtree
 
 def start(folder):
@@ -399,7 +399,7 @@ def start(folder):
         os.close(out)
         if folder.name != "whole": slow(pipe)
         sft.train_sft(vlm, params, lessons, s, folder)
-        sft.save_adapter(vlm, "x", folder/"x", s.loop)
+        save_adapter(vlm, "x", folder/"x", s.loop)
         status = 0
     except BaseException as e: print(repr(e), flush=True)
     finally: os._exit(status)

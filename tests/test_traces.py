@@ -17,11 +17,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from chat_server import NONSENSE, answer_to
-from ivt_min.boxes import iou
 from ivt_min.core import Sample, Trajectory, data_path, read_jsonl
+from ivt_min.boxes import iou
 from ivt_min.render import draw_box
-from ivt_min.traces import (PROMPT, STAY, Look, check, fresh, interpolate, kept, prompted_teacher, scripted_teacher,
-                            served_teacher, statements, words_for, write_traces)
+from ivt_min.traces import (Look, STAY, check, fresh, interpolate, kept, scripted_teacher,
+                            statements, write_traces)
+from ivt_min.teachers import PROMPT, prompted_teacher, served_teacher, words_for
 
 HERE = Path(__file__).parent
 FUZZ = settings(max_examples=200, deadline=None)
