@@ -17,29 +17,29 @@ from .evaluate import Table, bootstrap, hits, ious, metrics, result_row
 # %% ../nbs/08_columns.ipynb #881a2116
 def _read(boxes): return [b for b in boxes if b is not None]
 
-def _confident(boxes, logps):
-    sure = lambda i: logps[i] if logps and logps[i] is not None else -math.inf
+def _confident(boxes, confidences):
+    sure = lambda i: confidences[i] if confidences and confidences[i] is not None else -math.inf
     return boxes[max((i for i, b in enumerate(boxes) if b is not None), key=sure)]
 
 def _agree(threshold):
-    def first(boxes, logps):
+    def first(boxes, confidences):
         found = (b for a, b in pairwise(boxes) if hits(iou(a, b), threshold))
         return next(found, _read(boxes)[-1])
     return first
 
-def _medoid(boxes, logps):
+def _medoid(boxes, confidences):
     boxes = _read(boxes)   # its own IoU is 1 for each; rounded, so that ties are ties
     return max(boxes, key=lambda a: round(sum(iou(a, b) for b in boxes), 9))
 
-RULES = dict(   # of boxes, at least one of them there, and their logps
-    last=lambda boxes, logps: boxes[-1], held=lambda boxes, logps: _read(boxes)[-1],
+RULES = dict(   # of boxes, at least one of them there, and their confidences
+    last=lambda boxes, confidences: boxes[-1], held=lambda boxes, confidences: _read(boxes)[-1],
     confident=_confident, agree50=_agree(.5), agree70=_agree(.7), agree90=_agree(.9),
-    mean=lambda boxes, logps: tuple(np.mean(_read(boxes), 0).tolist()), medoid=_medoid)
+    mean=lambda boxes, confidences: tuple(np.mean(_read(boxes), 0).tolist()), medoid=_medoid)
 
 def pick(t, rule)->tuple:  # a Trajectory; one of RULES, else ValueError; a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
     if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
-    return RULES[rule](t.boxes, t.logps) if _read(t.boxes) else None
+    return RULES[rule](t.boxes, t.confidences) if _read(t.boxes) else None
 
 # %% ../nbs/08_columns.ipynb #2fbe946f
 def oracle(t)->tuple:  # a Trajectory
@@ -49,7 +49,7 @@ def oracle(t)->tuple:  # a Trajectory
 def single(trajectories, choice)->list:  # 'step 0', 'oracle' or one of RULES
     "The trajectories with one box each, the one that is chosen."
     box = {'step 0': lambda t: t.boxes[0], 'oracle': oracle}.get(choice, lambda t: pick(t, choice))
-    return [replace(t, boxes=[box(t)], logps=[], texts=[], notes=[]) for t in trajectories]
+    return [replace(t, boxes=[box(t)], confidences=[], texts=[], notes=[]) for t in trajectories]
 
 def choose_rule(val)->str:  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals."

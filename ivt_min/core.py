@@ -33,7 +33,7 @@ class Trajectory:
     expression: str     # of the sample
     truth: tuple        # box (x0, y0, x1, y1), permille
     boxes: list         # one a step: a box in permille, or None where the answer had none
-    logps: list         # one a step: mean log-probability of the box's tokens, or None
+    confidences: list   # one a step: mean log-probability of the box's tokens, or None
     texts: list         # one a step: the answer as written
     notes: list = field(default_factory=list)   # one a step: what was wrong with it, or ''
 
@@ -46,15 +46,16 @@ def _floats(v, n):
 
 def to_row(t):  # a Trajectory
     "A trajectory as a dict for JSON; raises ValueError where it is malformed."
-    if any(len(v) != len(t.boxes) for v in (t.logps, t.texts, t.notes) if v):
+    if any(len(v) != len(t.boxes) for v in (t.confidences, t.texts, t.notes) if v):
         raise ValueError(f'{t.id}: its lists differ in length')
     boxes = [_floats(b, 4) for b in t.boxes]
-    logps = [p if p is None else _floats([p], 1)[0] for p in t.logps]
-    return {**asdict(t), 'truth': _floats(t.truth or (), 4), 'boxes': boxes, 'logps': logps}
+    confidences = [p if p is None else _floats([p], 1)[0] for p in t.confidences]
+    return {**asdict(t), 'truth': _floats(t.truth or (), 4), 'boxes': boxes,
+            'confidences': confidences}
 
-def from_row(row):  # dict of Trajectory's fields; `logps` and `texts` may be missing
+def from_row(row):  # dict of Trajectory's fields; `confidences` and `texts` may be missing
     "The trajectory of a row; raises ValueError where it is malformed."
-    try: return Trajectory(**to_row(Trajectory(**{'logps': [], 'texts': [], **row})))
+    try: return Trajectory(**to_row(Trajectory(**{'confidences': [], 'texts': [], **row})))
     except TypeError as e: raise ValueError(f'not a trajectory: {e}') from None
 
 # %% ../nbs/00_core.ipynb #dffb34e7

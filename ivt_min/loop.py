@@ -17,8 +17,8 @@ from transformers.utils import logging
 from .core import Sample, Trajectory, distinct, rng
 from .boxes import iou, parse_box, to_pixels
 from .render import draw_box, filmstrip, open_image
-from .model import (VLM, Dialogue, _marks, encode, image_tokens, load, look, question,
-                           to_patches, words_of)
+from .model import (VLM, Dialogue, _marks, encode, encode_pictures, image_tokens, load,
+                           question, to_patches, words_of)
 from .answer import Turn, answer, closed
 
 # %% ../nbs/06_loop.ipynb #59085b77
@@ -27,7 +27,7 @@ class Loop:
     "How the loop goes round; what the paper does not say is our choice."
     steps: int = 2              # refinements after the first answer, T
     form: str = 'prefix'        # 'prefix': one answer goes on; 'turn': the user shows the picture
-    words: str = '\nLocate: {expression}\n'    # what follows the drawn picture (ours)
+    prompt: str = '\nLocate: {expression}\n'   # what follows the drawn picture (ours)
     missing: str = '\nNo box.'  # said before them where nothing could be drawn (ours)
     fill: tuple = (255, 0, 0)   # colour of the drawn box; the value is ours
     alpha: float = .25          # how much of the picture its veil takes away, fraction (ours)
@@ -102,7 +102,7 @@ def scripted(say):  # function of an Episode -> text; a policy
 def go_on(vlm, loop, dialogue, episode):    # where its last turn began; after it a box is drawn
     "The Dialogue after a turn and the picture with its box, ready for the next turn."
     turn, seen = episode.turns[-1], to_patches(vlm, picture(loop, episode))
-    words = loop.words.replace('{expression}', episode.sample.expression.strip())
+    words = loop.prompt.replace('{expression}', episode.sample.expression.strip())
     box = episode.drawn[-1]     # nothing is drawn where it has no area
     words = encode(vlm, words if iou(box, box) else loop.missing + words)
     before, after = dict(prefix=('\n', ''), turn=(
@@ -115,7 +115,7 @@ def go_on(vlm, loop, dialogue, episode):    # where its last turn began; after i
 @torch.no_grad()
 def _seen(vlm, dialogues):
     "The same dialogues; of the last picture only what the vision tower made of it."
-    new = look(vlm, [d.pictures[-1] for d in dialogues])
+    new = encode_pictures(vlm, [d.pictures[-1] for d in dialogues])
     return [replace(d, pictures=(*d.pictures[:-1], replace(p, patches=None)))
             for d, p in zip(dialogues, new)]
 
@@ -150,7 +150,7 @@ def record(episode)->Trajectory:
         p, cut = parse_box(turn.text), 'cut at the budget' if turn.ids and not turn.end else ''
         notes.append('; '.join(filter(None, [p.error, cut, *p.repairs])))
     return Trajectory(s.id, s.source, s.expression, s.truth, list(episode.boxes),
-                      [t.sure for t in episode.turns], [t.text for t in episode.turns], notes)
+                      [t.confidence for t in episode.turns], [t.text for t in episode.turns], notes)
 
 # %% ../nbs/06_loop.ipynb #8fc57265
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _found(episode):
     "A finished episode as a Refinement."
     done, size = record(episode), episode.image.size
     boxes = [box and to_pixels(box, *size) for box in done.boxes]
-    steps = tuple(Step(*s) for s in zip(done.texts, boxes, done.logps, done.notes))
+    steps = tuple(Step(*s) for s in zip(done.texts, boxes, done.confidences, done.notes))
     final = episode.held and to_pixels(episode.held, *size)
     strip = filmstrip(episode.image, done.boxes, title=done.expression)
     return Refinement(done.expression, steps, final, size, strip)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
-           'image_tokens', 'ask', 'collate', 'look', 'features', 'second_look', 'wake_late', 'use_adapter',
+           'image_tokens', 'ask', 'collate', 'encode_pictures', 'features', 'second_look', 'wake_late', 'use_adapter',
            'add_adapter', 'adapter_weights', 'words_of', 'question']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
@@ -140,7 +140,7 @@ class Patches:
     "A picture as the model takes it."
     patches: torch.Tensor   # (P, patch values)
     grid: tuple             # (1, rows, columns) of patches, P = rows x columns
-    seen: tuple = None      # what the vision tower makes of it, once `look` has run
+    vision_features: tuple = None   # what the tower makes of it, of `encode_pictures`
 
 def to_patches(vlm, image)->Patches:  # VLM; anything that open_image takes
     "The patches of one image."
@@ -189,20 +189,23 @@ def collate(vlm, dialogues, left=True):  # B of them; pad on the left (generate)
     return tuple(x.to(vlm.model.device) for x in (ids, mask, positions))
 
 # %% ../nbs/04_model.ipynb #0e33c385
-def look(vlm, pictures)->list:  # VLM; Patches; the same with `seen`, each (visual tokens, D)
+def encode_pictures(
+    vlm,        # VLM
+    pictures,   # list of Patches
+)->list:        # the same with `vision_features`, each (visual tokens, D)
     "The same pictures, seen by the vision tower, all at once; the tokens first, then DeepStack's."
     if not pictures: return []
     patches = torch.cat([p.patches for p in pictures]).to(vlm.model.device)
     grids = torch.tensor([p.grid for p in pictures]).to(vlm.model.device)
     out = vlm.model.model.get_image_features(patches, grids)
     seen = zip(out.pooler_output, *out.deepstack_features)
-    return [replace(p, seen=s) for p, s in zip(pictures, seen)]
+    return [replace(p, vision_features=s) for p, s in zip(pictures, seen)]
 
 # %% ../nbs/04_model.ipynb #64ec748e
 def features(vlm, pictures):  # VLM; Patches; forward's mm_encoder_outputs, or None without any
     "The vision tower's output for pictures, in their order; those already seen are not seen again."
-    fresh = iter(look(vlm, [p for p in pictures if p.seen is None]))
-    seen = [p.seen or next(fresh).seen for p in pictures]
+    fresh = iter(encode_pictures(vlm, [p for p in pictures if p.vision_features is None]))
+    seen = [p.vision_features or next(fresh).vision_features for p in pictures]
     if not seen: return None
     pooled, *deep = zip(*seen)
     return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=pooled,

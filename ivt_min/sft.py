@@ -23,9 +23,9 @@ class SFT:
     rank: int = 64          # of LoRA's matrices
     alpha: int = 64         # LoRA's scale is alpha / rank
     vision: bool = False    # whether the vision tower gets an adapter, too
-    words: bool = True      # whether reasoning is learned, or boxes alone
+    reasoning: bool = True  # whether reasoning is learned, or boxes alone
     late: bool = False      # whether the adapter acts from the second picture on: step 0 stays
-    rows: tuple = ()        # ids whose embeddings are learned, too: words that the base never met
+    new_ids: tuple = ()     # ids whose embeddings are learned, too: words that the base never met
     lr: float = 1e-3        # peak learning rate
     warmup: int = 20        # updates up to the peak; a cosine to zero follows
     clip: float = 1.        # most that the gradient's norm may be
@@ -56,7 +56,7 @@ def _as_said(turn, box):
 def make_row(vlm, s, sample, trace=None)->Row:  # SFT; of write_traces, None is single-shot
     "A trace as the loop has it, all after its first answer learned; ValueError where it is cut."
     first, *rest = [trace['box'], *trace['targets']] if trace else [sample.truth]
-    words = ['', *(f'{t}\n' * s.words for t in trace['texts'])] if trace else ['']
+    words = ['', *(f'{t}\n' * s.reasoning for t in trace['texts'])] if trace else ['']
     told = [*zip(words, map(format_box, (first, *rest)))]   # apart, so that a box has its own ids
     said = [Turn((*encode(vlm, w), *encode(vlm, b)), (), w + b, end='box') for w, b in told]
     policy = lambda episodes, memory: ([said[len(e.turns)] for e in episodes], None)

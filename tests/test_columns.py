@@ -46,8 +46,8 @@ def slow_pick(t, choice):
     if choice == 'last' or not there:
         return boxes[-1]
     if choice == 'confident':
-        said = [i for i in there if t.logps and t.logps[i] is not None]
-        return boxes[first_best(said or there, lambda i: t.logps[i] if said else 0)]
+        said = [i for i in there if t.confidences and t.confidences[i] is not None]
+        return boxes[first_best(said or there, lambda i: t.confidences[i] if said else 0)]
     if choice == 'mean':
         return tuple(F(sum(boxes[i][k] for i in there), len(there)) for k in range(4))
     if choice == 'medoid':
@@ -240,7 +240,7 @@ def test_columns_equal_plain_loops():
     for column in ('step 0', 'last', 'label-free', 'oracle'):
         own, choice = [r for r in rows if r['column'] == column], rule if column == 'label-free' else column
         boxes = [slow_pick(t, choice) for t in test]
-        made = [with_other(t, boxes=[b and tuple(map(float, b))], logps=[]) for t, b in zip(test, boxes)]
+        made = [with_other(t, boxes=[b and tuple(map(float, b))], confidences=[]) for t, b in zip(test, boxes)]
         plain = metrics('run', made, 0, column, 3)
         for a, b in zip(own, plain, strict=True):
             assert {k: a[k] for k in b} == pytest.approx(b)

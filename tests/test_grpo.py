@@ -17,9 +17,9 @@ from ivt_min.scenes import split
 from ivt_min.model import Dialogue, load, use_adapter
 from ivt_min.answer import log_probs, score
 from ivt_min.loop import Loop, model_policy, rollout, transcript
-from ivt_min.train import add_lora, twin
+from ivt_min.train import add_lora, copy_adapter
 from ivt_min.sft import SFT
-from ivt_min.grpo import GRPO, advantage, fixed, gather, grpo_loss, logps, normaliser, train_grpo
+from ivt_min.grpo import GRPO, advantage, reference_logps, collect_rollouts, grpo_loss, logps, normaliser, train_grpo
 
 torch.set_num_threads(1)
 TINY = GRPO(Loop(steps=1, max_tokens=8, temperature=1.2), prompts=2, group=3, steps=1, every=1,
@@ -36,7 +36,7 @@ def lesson(nudge=0., late=False):
     vlm, g = load(device="cpu"), torch.Generator().manual_seed(0)
     noise = lambda p, size: torch.randn(p.shape, generator=g) * size
     for p in add_lora(vlm, "sft", SFT(rank=4, alpha=4, late=late)).values(): p.data = noise(p, .02)
-    for p in (params := twin(vlm)).values(): p.data += noise(p, nudge)
+    for p in (params := copy_adapter(vlm)).values(): p.data += noise(p, nudge)
     return vlm, params
 
 
@@ -57,7 +57,7 @@ def ids(episodes):
 def test_value_and_gradient_are_those_of_trl(per, loss_type, seed):
     """Checked against TRL 1.16.0; ours is summed over two micro-batches."""
     trl = pytest.importorskip("trl")
-    s, g = replace(TINY, per=per, low=.15, high=.3), torch.Generator().manual_seed(seed)
+    s, g = replace(TINY, loss_mean=per, low=.15, high=.3), torch.Generator().manual_seed(seed)
     noise = lambda size, *n: torch.randn(n, generator=g, dtype=torch.float64) * size
     logp = (noise(1., 7, 16) - 3).requires_grad_()
     old, ref, a = logp.detach() + noise(.4, 7, 16), logp.detach() + noise(.5, 7, 16), noise(1., 7)
@@ -112,7 +112,7 @@ def test_an_advantage_is_of_its_group_alone(rows, more, times, std):
 def test_log_probs_of_a_group_are_those_of_a_plain_forward(vlm, form, temperature):
     """Transformers' own forward, of one whole dialogue with its pixels, and its own `generate`."""
     loop = Loop(form=form, max_tokens=40, temperature=temperature)
-    episodes, rows = gather(vlm, split("train", 3), GRPO(loop, group=3), 0)
+    episodes, rows = collect_rollouts(vlm, split("train", 3), GRPO(loop, group=3), 0)
     assert len({r.mask.index(1) for r in rows}) == 3
     assert not temperature or len({len(e.turns[0].ids) for e in episodes}) > 1
 
@@ -146,21 +146,21 @@ def test_trajectories_are_their_keys_alone():
     s, few = replace(TINY, loop=replace(TINY.loop, steps=2)), split("train", 3)
     vlm = load(device="cpu")
     vlm.model.double()
-    episodes, _ = gather(vlm, few, s, 5)
+    episodes, _ = collect_rollouts(vlm, few, s, 5)
     want = ids(episodes)
     assert len(want) == 9
     assert all(len({str(want[e.key]) for e in episodes if e.sample is x}) > 1 for x in few)
-    assert ids(gather(vlm, few[::-1], s, 5)[0]) == want
-    assert {k: v for x in few for k, v in ids(gather(vlm, [x], s, 5)[0]).items()} == want
+    assert ids(collect_rollouts(vlm, few[::-1], s, 5)[0]) == want
+    assert {k: v for x in few for k, v in ids(collect_rollouts(vlm, [x], s, 5)[0]).items()} == want
     assert want == ids(rollout(model_policy(vlm, s.loop), [e.sample for e in episodes], s.loop,
                                keys=[e.key for e in episodes], batch=2, progress=False))
-    others = [ids(gather(vlm, few, x, k)[0]) for x, k in ((s, 6), (replace(s, seed=1), 5))]
+    others = [ids(collect_rollouts(vlm, few, x, k)[0]) for x, k in ((s, 6), (replace(s, seed=1), 5))]
     assert all(list(o.values()) != list(want.values()) for o in others)
 
 
 def test_a_first_answer_that_is_not_sampled_is_greedy_and_not_learned(vlm):
     s, few = replace(TINY, loop=replace(TINY.loop, max_tokens=24), first=False), split("train", 2)
-    episodes, rows = gather(vlm, few, s, 0)
+    episodes, rows = collect_rollouts(vlm, few, s, 0)
     once = Loop(steps=0, max_tokens=24)
     want = [e.turns[0].ids for e in rollout(model_policy(vlm, once), few, once)]
     assert [e.turns[0].ids for e in episodes] == [w for w in want for _ in range(3)]
@@ -179,7 +179,7 @@ def test_a_prompt_is_read_once_for_its_whole_group(vlm, monkeypatch):
     hook = vlm.model.model.language_model.register_forward_pre_hook(
         lambda m, args, kw: read.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True)
     s = replace(TINY, group=4)
-    try: episodes, rows = gather(vlm, few, s, 0)
+    try: episodes, rows = collect_rollouts(vlm, few, s, 0)
     finally: hook.remove()
     starts = [r.mask.index(1) for r in rows]
     first, *rest = read
@@ -217,8 +217,8 @@ def test_the_head_needs_the_same_memory_for_any_length(monkeypatch, learn):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_twin_says_what_its_model_says(late):
     vlm, _ = lesson(late=late)
-    _, rows = gather(vlm, split("train", 1), TINY, 0)
-    taught, same = (torch.cat(fixed(vlm, rows, TINY, n)) for n in ("sft", "grpo"))
+    _, rows = collect_rollouts(vlm, split("train", 1), TINY, 0)
+    taught, same = (torch.cat(reference_logps(vlm, rows, TINY, n)) for n in ("sft", "grpo"))
     assert torch.equal(taught, same)
     with torch.no_grad(): base = torch.cat(logps(load(device="cpu"), rows, TINY))
     n, gap = len(rows[0].logps) // 2, (taught - base).abs()
@@ -230,10 +230,10 @@ def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, pe
     """Loss and gradient's norm, whole and without a ratio, of a twin that has left its leash."""
     monkeypatch.setattr(grpo, "reward", by_ids)
     loop = replace(TINY.loop, max_tokens=20, steps=1 if first else 2)
-    s = replace(TINY, loop=loop, per=per, first=first, beta=.5)
+    s = replace(TINY, loop=loop, loss_mean=per, first=first, beta=.5)
     few, (vlm, params) = split("train", 5), lesson(.1)
     vlm.model.double()      # the head's log-probabilities stay in fp32
-    episodes, _ = gather(vlm, [few[i] for i in rng("grpo", 0, 0).permutation(5)[:2]], s, 0)
+    episodes, _ = collect_rollouts(vlm, [few[i] for i in rng("grpo", 0, 0).permutation(5)[:2]], s, 0)
     A = advantage(np.reshape([by_ids(e) for e in episodes], (2, 3))).ravel()
     rows, loss = [transcript(vlm, s.loop, e) for e in episodes], 0.
     masks = [[m and (first or sum(r.mask[:k]) >= len(e.turns[0].ids)) for k, m in enumerate(r.mask)]
@@ -277,7 +277,7 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
     assert sum(sizes) == 3 + 12     # all six by the reference, and with a gradient
 
 
-@pytest.mark.parametrize("bad", [dict(reward="best"), dict(per="word"),
+@pytest.mark.parametrize("bad", [dict(reward="best"), dict(loss_mean="word"),
                                  dict(first=False, loop=Loop(steps=0))])
 def test_settings_that_teach_nothing(bad):
     with pytest.raises(ValueError, match="nothing to learn by"): replace(TINY, **bad)

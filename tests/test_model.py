@@ -78,7 +78,7 @@ def test_batched_equals_one_by_one_in_fp64(vlm):
     together = ground(wide, samples)
     alone = [ground(wide, [s])[0] for s in samples]
     assert [t.texts for t in together] == [t.texts for t in alone]
-    assert np.allclose([t.logps[0] for t in together], [t.logps[0] for t in alone], atol=1e-9)
+    assert np.allclose([t.confidences[0] for t in together], [t.confidences[0] for t in alone], atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "P", "CMYK", "I;16"])
@@ -127,7 +127,7 @@ def test_unknown_words_give_a_box_or_a_clear_failure(vlm, text):
         return
     [found] = ground(vlm, [sample(split("val", 1)[0].image, text)])
     parsed = parse_box(found.texts[0])
-    assert (found.boxes[0], found.logps[0] is None) == (parsed.box, parsed.box is None)
+    assert (found.boxes[0], found.confidences[0] is None) == (parsed.box, parsed.box is None)
     assert parsed.box or parsed.error
 
 

@@ -53,7 +53,7 @@ def fresh(s, name="x"):
 @pytest.mark.parametrize("form", ["prefix", "turn"])
 def test_a_rollout_of_the_same_ids_stands_in_the_same_context(vlm, traced, form, words):
     """Ids and pixels before each turn, though the targets of a trace are no whole permille."""
-    s = replace(TINY, loop=Loop(form=form, max_tokens=96), words=words)
+    s = replace(TINY, loop=Loop(form=form, max_tokens=96), reasoning=words)
     for sample, trace in traced[:3]:
         assert any(v % 1 for b in trace["targets"] for v in b)
         said = [("", format_box(trace["box"]))]
@@ -85,7 +85,7 @@ def test_what_the_model_itself_said_becomes_the_row_of_its_transcript(vlm):
         texts = [format_box(b) for b in e.boxes]
         if [tuple(encode(vlm, t)) for t in texts] != [t.ids for t in e.turns]: continue
         trace = dict(box=e.boxes[0], targets=e.boxes[1:], texts=["", ""])
-        row = make_row(vlm, replace(TINY, loop=loop, words=False), e.sample, trace)
+        row = make_row(vlm, replace(TINY, loop=loop, reasoning=False), e.sample, trace)
         whole = transcript(vlm, loop, e)
         assert row.dialogue.ids == whole.dialogue.ids
         assert sum(row.mask) == sum(whole.mask) - len(e.turns[0].ids)
@@ -183,7 +183,7 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path):
 
 def test_the_adapter_of_a_loaded_adapter_goes_back_to_the_same_base(tmp_path):
     vlm, _ = fresh(TINY)
-    save_adapter(vlm, "x", tmp_path / "x", Loop(form="turn", words="Again: {expression}", steps=1))
+    save_adapter(vlm, "x", tmp_path / "x", Loop(form="turn", prompt="Again: {expression}", steps=1))
     again = load(tmp_path / "x", device="cpu")
     add_lora(again, "two", TINY)
     save_adapter(again, "two", tmp_path / "two", Loop())
@@ -275,7 +275,7 @@ def test_another_run_does_not_go_on_from_it(tmp_path):
     train_sft(vlm, params, singles(3), TINY, tmp_path)
     shifted = [(replace(x, truth=(0., 0., 9., 9.)), t) for x, t in singles(3)]
     for lessons, s in ((shifted, TINY), (singles(2), TINY), (singles(3), replace(TINY, lr=1.)),
-                       (singles(3), replace(TINY, loop=Loop(words=" ")))):
+                       (singles(3), replace(TINY, loop=Loop(prompt=" ")))):
         with pytest.raises(ValueError, match="another run"):
             train_sft(vlm, params, lessons, s, tmp_path)
     with torch.no_grad(): vlm.model.model.language_model.norm.weight.mul_(1.01)
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
 def noise(rows=()):
     """A base with a late adapter of random weights, bf16 values."""
     vlm, g = load(device="cpu"), torch.Generator().manual_seed(0)
-    s = replace(TINY, late=True, rows=rows)
+    s = replace(TINY, late=True, new_ids=rows)
     for p in add_lora(vlm, "noisy", s).values():
         p.data = (p.data + torch.randn(p.shape, generator=g) * .1).bfloat16().float()
     return vlm

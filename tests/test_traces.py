@@ -20,7 +20,7 @@ from chat_server import NONSENSE, answer_to
 from ivt_min.core import Sample, Trajectory, data_path, read_jsonl
 from ivt_min.boxes import iou
 from ivt_min.render import draw_box
-from ivt_min.traces import (Look, STAY, check, fresh, interpolate, kept, scripted_teacher,
+from ivt_min.traces import (Look, STAY, check, fresh, interpolate, errors_of, scripted_teacher,
                             statements, write_traces)
 from ivt_min.teachers import PROMPT, prompted_teacher, served_teacher, words_for
 
@@ -66,9 +66,9 @@ def test_errors_are_kept_and_nothing_else():
     truth = (100, 100, 300, 300)
     some = [trajectory(str(k), (100, 100, 300, 300 + k), truth) for k in range(0, 200, 5)]
     none = trajectory("none", None, truth)
-    assert kept(some + [none]) == [t for t in some if iou(t.boxes[0], truth) <= .85]
-    assert 0 < len(kept(some)) < len(some)
-    assert kept([trajectory("far", (500, 500, 600, 600), truth)])
+    assert errors_of(some + [none]) == [t for t in some if iou(t.boxes[0], truth) <= .85]
+    assert 0 < len(errors_of(some)) < len(some)
+    assert errors_of([trajectory("far", (500, 500, 600, 600), truth)])
 
 
 def test_fresh_scenes_are_those_that_were_asked():
