@@ -10,13 +10,22 @@ import json, math, re
 from dataclasses import dataclass
 
 # %% ../nbs/01_boxes.ipynb #833e0c9e
-def to_permille(box, width, height)->tuple:     # four px; size of the picture, px; four permille
+def to_permille(
+    box,        # (x0, y0, x1, y1), px
+    width,      # of the picture, px
+    height,     # of the picture, px
+)->tuple:       # (x0, y0, x1, y1), permille
     "A box in pixels as one in permille."
-    return tuple(v * 1000 / side for v, side in zip(box, (width, height) * 2))
+    return tuple(v * 1000 / side for v, side in zip(box, (width, height, width, height)))
 
-def to_pixels(box, width, height)->tuple:   # four permille; size of the picture, px; four px
+# %% ../nbs/01_boxes.ipynb #8b00dd65
+def to_pixels(
+    box,        # (x0, y0, x1, y1), permille
+    width,      # of the picture, px
+    height,     # of the picture, px
+)->tuple:       # (x0, y0, x1, y1), px
     "A box in permille as one in pixels."
-    return tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2))
+    return tuple(v * side / 1000 for v, side in zip(box, (width, height, width, height)))
 
 # %% ../nbs/01_boxes.ipynb #5863d582
 def format_box(box)->str:  # (x0, y0, x1, y1), permille; as the model is to write it
@@ -26,14 +35,19 @@ def format_box(box)->str:  # (x0, y0, x1, y1), permille; as the model is to writ
 # %% ../nbs/01_boxes.ipynb #cd66e953
 def _area(box):
     "The area of a box; 0 where a side is not positive."
-    w, h = box[2] - box[0], box[3] - box[1]
+    w = box[2] - box[0]
+    h = box[3] - box[1]
     return w * h if w > 0 and h > 0 else 0.
 
-def iou(a, b)->float:  # (x0, y0, x1, y1) or None, both in the same unit; 0..1
+def iou(
+    a,          # (x0, y0, x1, y1) or None
+    b,          # the same, in the same unit
+)->float:       # 0 to 1
     "Intersection over union of two boxes; 0 where one is missing or has no area."
-    if a is None or b is None or not _area(a) or not _area(b): return 0.
-    both = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-    return both / (_area(a) + _area(b) - both)
+    if a is None or b is None: return 0.
+    both = _area((max(a[0], b[0]), max(a[1], b[1]),
+                  min(a[2], b[2]), min(a[3], b[3])))
+    return both / (_area(a) + _area(b) - both) if both else 0.
 
 # %% ../nbs/01_boxes.ipynb #d95c5085
 def _answer(text):
@@ -42,9 +56,10 @@ def _answer(text):
     text = re.split('</(?:re)?think>', text, flags=re.I)[-1]
     text = re.split('<answer>', text, flags=re.I)[-1]
     text = re.split('</answer>', text, flags=re.I)[0]
-    blocks = re.sub(r'<\|\w+\|>', ' ', text).split('```')
-    if len(blocks) == 1: return blocks[0].strip()
-    return re.sub(r'\A[a-z]+', '', blocks[-1 - len(blocks) % 2], flags=re.I).strip()
+    pieces = re.sub(r'<\|\w+\|>', ' ', text).split('```')
+    if len(pieces) == 1: return pieces[0].strip()
+    block = pieces[-2] if len(pieces) % 2 else pieces[-1]   # the last one may be cut
+    return re.sub(r'\A[a-z]+', '', block, flags=re.I).strip()
 
 # %% ../nbs/01_boxes.ipynb #53ca5a21
 _KEYS = set('bbox_2d bbox bboxes box boxes coordinates coords coord location position '
@@ -58,15 +73,19 @@ def _number(text):
 
 def _is_number(v):
     "Whether a value of JSON is a number, or a string that spells one."
-    return type(v) in (int, float) or type(v) is str and bool(re.fullmatch(_NUM, v, re.A))
+    if type(v) is str: return re.fullmatch(_NUM, v, re.A) is not None
+    return type(v) in (int, float)
 
 def _in_json(value):
     "The lists of four in a parsed answer, in order of the text; dicts come as tuples of pairs."
-    found, stack = [], [(value, True)]
+    found = []
+    stack = [(value, True)]     # no recursion: a hostile answer nests ten thousand deep
     while stack:
         v, named = stack.pop()
-        if isinstance(v, tuple): stack += [(x, k.lower() in _KEYS) for k, x in reversed(v)]
-        elif isinstance(v, str): found += _in_text(v) if named else []
+        if isinstance(v, tuple):
+            stack += [(x, key.lower() in _KEYS) for key, x in reversed(v)]
+        elif isinstance(v, str) and named:
+            found += _in_text(v)
         elif isinstance(v, list):
             if named and len(v) == 4 and all(map(_is_number, v)): found.append(v)
             else: stack += [(x, named) for x in reversed(v)]
@@ -77,16 +96,19 @@ _SEP = r'(?:\s*,\s*|\s+)'
 _PAIR = rf'\(\s*{_NUM}{_SEP}{_NUM}\s*\)'
 _CHAIN = re.compile(rf'{_PAIR}(?:(?:\s*,)?\s*{_PAIR})*|(?<![\w.]){_NUM}(?:{_SEP}{_NUM})*', re.A)
 _NAME = re.compile(r'''(\w+)(["']?)\s*[:=][\s\[("']*\Z''')
+_CLOSING = {'[': ']', '(': ')', '>': '<'}
 
 def _in_text(text):
     "The first chains of four; those under a key that means a box, if there are such."
     named, free = [], []
-    for m in _CHAIN.finditer(text):
+    for match in _CHAIN.finditer(text):
         if len(named) + len(free) > 999: break
-        quad = re.findall(_NUM, m.group(), re.A)
+        quad = re.findall(_NUM, match.group(), re.A)
         if len(quad) != 4: continue
-        before, after = text[max(0, m.start() - 60):m.start()], text[m.end():m.end() + 60]
-        close = {'[': ']', '(': ')', '>': '<'}.get(before.rstrip()[-1:], '')
+        start, end = match.span()
+        before = text[max(0, start - 60):start]
+        after = text[end:end + 60]
+        close = _CLOSING.get(before.rstrip()[-1:], '')
         if re.match(r'[\w.%]', after) or not after.lstrip().startswith(close): continue
         name = _NAME.search(before)
         if name and name[1].lower() in _KEYS: named.append(quad)
@@ -104,20 +126,27 @@ class Parsed:
     error: str = None       # why there is no box
 
 # %% ../nbs/01_boxes.ipynb #087af2dd
-def parse_box(text, mode='rel1000', size=None)->Parsed:  # permille; or 'rel1', 'abs' and (w, h) px
+def parse_box(
+    text,               # an answer; what is no str holds no box
+    mode='rel1000',     # unit of its numbers: 'rel1000' permille, 'rel1' fractions, 'abs' px
+    size=None,          # for 'abs': (width, height) of the picture, px
+)->Parsed:              # KeyError on another mode
     "The first box of an answer; never raises, whatever the text, and takes linear time."
     width, height = {'rel1000': (1000, 1000), 'rel1': (1, 1), 'abs': size}[mode]
-    text = _answer(text if isinstance(text, str) else '')
-    try: found = _in_json(json.loads(text, object_pairs_hook=tuple, parse_int=_number))
-    except (ValueError, RecursionError): found = _in_text(text)     # all of it strings
+    answer = _answer(text) if isinstance(text, str) else ''
+    try: found = _in_json(json.loads(answer, object_pairs_hook=tuple, parse_int=_number))
+    except (ValueError, RecursionError): found = _in_text(answer)     # all of it strings
     if not found: return Parsed(error='no box')
-    raw, n = tuple(_number(x) if isinstance(x, str) else x for x in found[0]), len(found)
-    repairs = ('json',) * any(isinstance(x, str) for v in found for x in v)
+    repairs = ()
+    if any(isinstance(v, str) for quad in found for v in quad): repairs += ('json',)
+    raw = tuple(_number(v) if isinstance(v, str) else v for v in found[0])
     if not all(abs(v) <= 10_000 for v in raw):
-        return Parsed(None, None, n, repairs, 'number not finite or beyond 10,000')
+        error = 'number not finite or beyond 10,000'
+        return Parsed(n_boxes=len(found), repairs=repairs, error=error)
     x0, y0, x1, y1 = to_permille(raw, width, height)
     ordered = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
     box = tuple(min(max(float(v), 0.), 1000.) for v in ordered)
-    repairs += ('ordered',) * (ordered != (x0, y0, x1, y1)) + ('clipped',) * (box != ordered)
-    if not _area(box): return Parsed(raw, None, n, repairs, 'no area')
-    return Parsed(raw, box, n, repairs)
+    if ordered != (x0, y0, x1, y1): repairs += ('ordered',)
+    if box != ordered: repairs += ('clipped',)
+    if not _area(box): return Parsed(raw, None, len(found), repairs, 'no area')
+    return Parsed(raw, box, len(found), repairs)

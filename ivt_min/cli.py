@@ -1,6 +1,6 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, hashlib, json, os, sys, tempfile, warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
@@ -8,11 +8,16 @@ from .core import data_path, read_json, settings_hash, write_json
 RULE = 'confident'  # the label-free one where no rows choose it
 RUNS = ('base', 'naive', 'sft_errors', 'sft-s1', 'grpo-s1', 'look-s0', 'look_single')  # README's
 
-def film_of(sample, untrained, trained):    # Sample, Episodes
-    "One scene, untrained and trained, a picture and an IoU a step; and the same as a line of text."
+def film_of(
+    sample,     # core.Sample
+    untrained,  # its Episode
+    trained,    # its Episode
+):              # picture, line of text
+    "One scene, untrained and trained: a picture and an IoU a step, and the same in words."
     from .boxes import iou
     from .render import filmstrip
-    parts, texts = [], []
+    parts = []
+    texts = []
     for name, episode in (('untrained', untrained), ('trained', trained)):
         scores = [f'{iou(box, sample.truth):.2f}' for box in episode.boxes]
         parts.append(f'{name} ' + ' -> '.join(scores))
@@ -21,33 +26,37 @@ def film_of(sample, untrained, trained):    # Sample, Episodes
     strip = filmstrip(sample.image, boxes, sample.truth, texts, sample.expression, side=150)
     return strip, f'{", ".join(parts)}: {sample.expression}'
 
-def demo_scenes(run, n):    # name of a stored run; number of scenes
+def demo_scenes(
+    run,    # name of a stored run
+    n,      # number of scenes
+):          # list of Sample
     "Of the test scenes: the first that the run mends, the first that it breaks, the first others."
     from .evaluate import hits, ious, read_run
     from .scenes import split
     done = read_run(data_path(f'runs/{run}'))
     before, after = (hits(ious(done, step), .5) for step in (0, -1))
-    mended, broken = (after & ~before).nonzero()[0], (before & ~after).nonzero()[0]
+    mended = (after & ~before).nonzero()[0].tolist()
+    broken = (before & ~after).nonzero()[0].tolist()
     print(f'The loop {run} on {len(done)} test scenes: {len(mended)} boxes mended (IoU from below '
           f'0.5 to above), {len(broken)} broken.\nShown: the first of each, and the first others.')
-    chosen = [*mended[:1].tolist(), *broken[:1].tolist()]
+    chosen = mended[:1] + broken[:1]
     chosen += [i for i in range(n) if i not in chosen]
     samples = split('test')
     return [samples[i] for i in chosen[:n]]
 
-def demo(args):
+def demo(args):     # of the command line
     "Show what the loop does, untrained and trained, and the results."
     from .columns import four_columns
-    from .loop import Loop, free_cores, model_policy, rollout
+    from .loop import free_cores, loop_of, model_policy, rollout
     from .model import find_model, load
     from .render import stack
     run = read_json(find_model('sft')/'ivt.json')['run']
-    samples, episodes = demo_scenes(run, args.n), []
+    samples = demo_scenes(run, args.n)
+    episodes = []
     with free_cores():
         for name in (None, args.model):
             vlm = load(name, args.device)
-            loop = Loop(**vlm.loop or {})
-            if args.steps is not None: loop = replace(loop, steps=args.steps)
+            loop = loop_of(vlm, args.steps)
             episodes.append(rollout(model_policy(vlm, loop), samples, loop))
     films = [film_of(*row) for row in zip(samples, *episodes)]
     print(*(line for _, line in films), sep='\n')
@@ -57,17 +66,18 @@ def demo(args):
     rows = read_json(data_path('runs/results.json'))
     print(f'{four_columns(rows, RUNS)}\nAll runs: nbs/lab/40_results.ipynb')
 
-def outputs(args):
+def outputs(args):      # of the command line
     "A file for each picture of `refine`, or None where none is wanted; its folder is made."
     if args.json and not args.out: return [None] * len(args.image)
     if len(args.image) == 1: return [writable(args.out or 'ivt_min_refined.jpg')]
-    folder, names = Path(args.out or 'ivt_min_refined'), []
+    folder = Path(args.out or 'ivt_min_refined')
+    names = []
     for path in args.image:
         stem = Path(path).stem
         names.append(stem if stem not in names else f'{stem}-{len(names)}')
     return [writable(folder/f'{name}.jpg') for name in names]
 
-def refine(args):
+def refine(args):       # of the command line
     "Find what the words mean in each picture; print the steps, and write pictures of them."
     from .render import open_image
     for image in args.image: open_image(image)  # what is wrong is said before the work
@@ -84,33 +94,55 @@ def refine(args):
             line = dict(image=image, model=args.model, **one.to_dict())
             print(json.dumps(line) if args.json else said(image, one, file), flush=True)
 
-def said(image, found, file):   # its path, Refinement, where it was drawn
+def said(
+    image,  # path of the picture
+    found,  # Refinement
+    file,   # where it was drawn
+):          # text
     "A refinement in words."
     def px(box): return 'no box' if box is None else f'{[round(v, 1) for v in box]} px'
     lines = [f'{image}: {found.expression}']
     for t, step in enumerate(found.steps):
-        sure = '' if step.confidence is None else f', confidence {step.confidence:.3f}'
-        lines.append(f'  step {t}: {px(step.box)}{sure}' + (f' ({step.note})' if step.note else ''))
-    return '\n'.join([*lines, f'  final: {px(found.final)}; wrote {file}'])
+        line = f'  step {t}: {px(step.box)}'
+        if step.confidence is not None: line += f', confidence {step.confidence:.3f}'
+        if step.note: line += f' ({step.note})'
+        lines.append(line)
+    lines.append(f'  final: {px(found.final)}; wrote {file}')
+    return '\n'.join(lines)
 
-def settings_of(vlm, loop):     # VLM, Loop
+def settings_of(
+    vlm,    # VLM
+    loop,   # Loop
+):          # dict
     "What the answers depend on: of the weights a hash of up to 64 values each."
-    some = [p.detach().flatten()[::p.numel() // 64 + 1].tolist() for p in vlm.model.parameters()]
-    return dict(model=vlm.name, prompt=vlm.prompt, loop=asdict(loop), weights=settings_hash(some))
+    def some(p): return p.detach().flatten()[::p.numel() // 64 + 1].tolist()
+    weights = settings_hash([some(p) for p in vlm.model.parameters()])
+    return dict(model=vlm.name, prompt=vlm.prompt, loop=asdict(loop), weights=weights)
 
-def claim(folder, about, data):     # of the run; what its answers depend on; split -> file
-    "Write down whose run a folder is; ValueError where it is another's already."
-    about = json.loads(json.dumps(about))
+def claim(
+    folder,     # of the run, a Path
+    about,      # what its answers depend on, for JSON
+    data,       # split -> file
+):              # raises ValueError where the folder is another run's
+    "Write down whose run a folder is."
+    new = json.loads(json.dumps(about))     # tuples become lists
     sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
             for split, path in data.items()}
     config = folder/'config.json'
-    old = read_json(config) if config.exists() else about | dict(data={})
+    old = read_json(config) if config.exists() else dict(new, data={})
     known = old.pop('data')
-    if old != about or any(known.get(split, sums[split]) != sums[split] for split in sums):
+    others = [split for split in sums if known.get(split, sums[split]) != sums[split]]
+    if old != new or others:
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
-    write_json(config, about | dict(data=known | sums))
+    write_json(config, dict(new, data=known | sums))
 
-def ask_all(vlm, loop, samples, path, batch):   # VLM, Loop, list of Sample, JSONL file; at once
+def ask_all(
+    vlm,        # VLM
+    loop,       # Loop
+    samples,    # list of core.Sample
+    path,       # JSONL file of their trajectories, a Path
+    batch,      # samples at once
+):              # list of Trajectory
     "The trajectories of all samples. They are kept as they come; stopped anywhere, it goes on."
     from transformers.utils import logging
     from .core import append_jsonl, from_row, read_jsonl, to_row, write_jsonl
@@ -123,46 +155,51 @@ def ask_all(vlm, loop, samples, path, batch):   # VLM, Loop, list of Sample, JSO
     part.write_bytes(whole[:whole.rfind(b'\n') + 1])    # without a line that was cut off
     done = {t.id: t for t in map(from_row, read_jsonl(part))}
     usable, reasons = scan(samples, skip=True)
-    for s in samples:
-        if s.id in reasons: done[s.id] = missed(s, reasons[s.id], loop.steps + 1)
-    todo = [s for s in usable if s.id not in done]
-    with logging.tqdm(total=len(samples), initial=len(samples) - len(todo), desc=path.stem) as bar:
+    for sample in samples:
+        if sample.id in reasons:
+            done[sample.id] = missed(sample, reasons[sample.id], loop.steps + 1)
+    todo = [sample for sample in usable if sample.id not in done]
+    start = len(samples) - len(todo)
+    with logging.tqdm(total=len(samples), initial=start, desc=path.stem) as bar:
         for k in range(0, len(todo), batch):
             for e in rollout(model_policy(vlm, loop), todo[k:k + batch], loop, batch=batch):
                 done[e.sample.id] = record(e)
                 append_jsonl(part, to_row(done[e.sample.id]))
                 bar.update()
-    write_jsonl(path, [to_row(done[s.id]) for s in samples])
+    trajectories = [done[sample.id] for sample in samples]
+    write_jsonl(path, map(to_row, trajectories))
     part.unlink()
     for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
-    return [done[s.id] for s in samples]
+    return trajectories
 
-def evaluate(args):
+def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import COLUMNS, columns, single
     from .datasets import read_rows
     from .evaluate import metrics, table
-    from .loop import Loop, free_cores
+    from .loop import free_cores, loop_of
     from .model import find_model, load
     find_model(args.model)
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
     writable(folder/'x.jpg')
-    data = dict(test=args.data) | (dict(val=args.val) if args.val else {})
+    data = dict(test=args.data)
+    if args.val: data['val'] = args.val
     samples = {split: read_rows(path, args.convention) for split, path in data.items()}
     with free_cores():
         vlm = load(args.model, args.device)
-        loop = Loop(**vlm.loop or {})
-        if args.steps is not None: loop = replace(loop, steps=args.steps)
+        loop = loop_of(vlm, args.steps)
         claim(folder, settings_of(vlm, loop), data)
         done = {split: ask_all(vlm, loop, samples[split], folder/f'{split}.jsonl', args.batch)
                 for split in data}
     if args.val:
         rows = columns(folder.name, done['test'], done['val'])
-        how = f'{next(r["rule"] for r in rows if "rule" in r)}, chosen on {args.val}'
+        rule = next(row['rule'] for row in rows if 'rule' in row)
+        how = f'{rule}, chosen on {args.val}'
     else:
-        choices = [RULE if column == 'label-free' else column for column in COLUMNS]
-        rows = [row for column, choice in zip(COLUMNS, choices)
-                for row in metrics(folder.name, single(done['test'], choice), 0, column)]
+        rows = []
+        for column in COLUMNS:
+            chosen = single(done['test'], RULE if column == 'label-free' else column)
+            rows += metrics(folder.name, chosen, 0, column)
         how = f'{RULE}, fixed beforehand; the rows of --val choose one'
     print(f'{table(rows)}\nlabel-free: the box by the rule {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
@@ -227,19 +264,27 @@ def build_parser():
         p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
     return parser
 
-def main(argv=None):
+def note(
+    message,    # a warning
+    *where,     # what else `warnings.showwarning` is told
+):
+    "What a library warns of, in one line."
+    print(f'note: {message}', file=sys.stderr)
+
+def main(argv=None):    # words of the command line
     "Entry point; without a command, the demo. Exit code 2 for a mistake, 130 for Ctrl-C."
     words = list(sys.argv[1:] if argv is None else argv)
     if not {'-h', '--help', '--version'} & set(words[:1]):
         at = next((k for k, word in enumerate(words) if word in COMMANDS), None)
-        words = ['demo', *words] if at is None else [words[at], *words[:at], *words[at + 1:]]
+        command = 'demo' if at is None else words.pop(at)
+        words.insert(0, command)
     args = build_parser().parse_args(words)
     try:
         if args.command == 'demo': writable(args.out)
         with warnings.catch_warnings():     # what libraries say of each other stays unsaid
             warnings.simplefilter('ignore')
             warnings.filterwarnings('once', '.* is a model of ')
-            warnings.showwarning = lambda said, *more: print(f'note: {said}', file=sys.stderr)
+            warnings.showwarning = note
             COMMANDS[args.command][0](args)
         sys.stdout.flush()
     except (ValueError, TypeError, OSError) as e:

@@ -15,57 +15,89 @@ from .boxes import iou
 from .evaluate import Table, bootstrap, hits, ious, metrics, result_row
 
 # %% ../nbs/08_columns.ipynb #881a2116
-def _read(boxes): return [b for b in boxes if b is not None]
+def _read(boxes): return [box for box in boxes if box is not None]
+
+def _last(boxes, confidences): return boxes[-1]
+
+def _held(boxes, confidences): return _read(boxes)[-1]
 
 def _confident(boxes, confidences):
-    sure = lambda i: confidences[i] if confidences and confidences[i] is not None else -math.inf
-    return boxes[max((i for i, b in enumerate(boxes) if b is not None), key=sure)]
+    known = confidences or [None] * len(boxes)
+    def sure(i): return -math.inf if known[i] is None else known[i]
+    return boxes[max((i for i, box in enumerate(boxes) if box is not None), key=sure)]
 
+def _mean(boxes, confidences): return tuple(np.mean(_read(boxes), 0).tolist())
+
+# %% ../nbs/08_columns.ipynb #c4f30163
 def _agree(threshold):
-    def first(boxes, confidences):
-        found = (b for a, b in pairwise(boxes) if hits(iou(a, b), threshold))
-        return next(found, _read(boxes)[-1])
-    return first
+    def rule(boxes, confidences):
+        found = [b for a, b in pairwise(boxes) if hits(iou(a, b), threshold)]
+        return found[0] if found else _held(boxes, confidences)
+    return rule
 
 def _medoid(boxes, confidences):
-    boxes = _read(boxes)   # its own IoU is 1 for each; rounded, so that ties are ties
-    return max(boxes, key=lambda a: round(sum(iou(a, b) for b in boxes), 9))
+    boxes = _read(boxes)
+    def overlap(box):   # its own IoU is 1 for each; rounded, so that ties are ties
+        return round(sum(iou(box, other) for other in boxes), 9)
+    return max(boxes, key=overlap)
 
-RULES = dict(   # of boxes, at least one of them there, and their confidences
-    last=lambda boxes, confidences: boxes[-1], held=lambda boxes, confidences: _read(boxes)[-1],
-    confident=_confident, agree50=_agree(.5), agree70=_agree(.7), agree90=_agree(.9),
-    mean=lambda boxes, confidences: tuple(np.mean(_read(boxes), 0).tolist()), medoid=_medoid)
+# %% ../nbs/08_columns.ipynb #cf79bfeb
+# name -> function of (boxes, confidences), one a step, to a box; a box or a confidence may be None,
+# but one box is there; confidences may be empty
+RULES = dict(
+    last=_last, held=_held, confident=_confident, agree50=_agree(.5), agree70=_agree(.7),
+    agree90=_agree(.9), mean=_mean, medoid=_medoid)
 
-def pick(t, rule)->tuple:  # a Trajectory; one of RULES, else ValueError; a box, permille, or None
+def pick(
+    t,      # a Trajectory
+    rule,   # one of RULES, else ValueError
+)->tuple:   # a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
     if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
     return RULES[rule](t.boxes, t.confidences) if _read(t.boxes) else None
 
 # %% ../nbs/08_columns.ipynb #2fbe946f
-def oracle(t)->tuple:  # a Trajectory
+def oracle(t):  # a Trajectory
     "The best box of a trajectory by the truth, which no method knows; the earliest of equals."
-    return max(t.boxes, key=lambda b: (iou(b, t.truth), b is not None))
+    return max(t.boxes, key=lambda box: (iou(box, t.truth), box is not None))
 
-def single(trajectories, choice)->list:  # 'step 0', 'oracle' or one of RULES
+# %% ../nbs/08_columns.ipynb #62cecdb9
+def single(
+    trajectories,   # list of Trajectory
+    choice,         # 'step 0', 'oracle' or one of RULES
+)->list:            # of Trajectory
     "The trajectories with one box each, the one that is chosen."
-    box = {'step 0': lambda t: t.boxes[0], 'oracle': oracle}.get(choice, lambda t: pick(t, choice))
-    return [replace(t, boxes=[box(t)], confidences=[], texts=[], notes=[]) for t in trajectories]
+    def chosen(t):
+        if choice == 'step 0': return t.boxes[0]
+        return oracle(t) if choice == 'oracle' else pick(t, choice)
+    return [replace(t, boxes=[chosen(t)], confidences=[],
+                    texts=[], notes=[]) for t in trajectories]
 
+# %% ../nbs/08_columns.ipynb #055560f9
 def choose_rule(val)->str:  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals."
-    return max(RULES, key=lambda rule: round(float(ious(single(val, rule)).mean()), 9))
+    def miou(rule): return round(float(ious(single(val, rule)).mean()), 9)
+    return max(RULES, key=miou)
 
 # %% ../nbs/08_columns.ipynb #91d59d27
 COLUMNS = ('step 0', 'last', 'label-free', 'oracle')
 
-def columns(run, test, val, seed=0)->list:  # name; Trajectories that are judged, and that choose
-    "Step 0 | last | label-free | oracle as of `metrics`, with the rule; ValueError on a shared id."
+def columns(
+    run,    # its name
+    test,   # list of Trajectory: those that are judged
+    val,    # list of Trajectory: those that choose the rule; ValueError where they share an id
+    seed=0, # of the bootstrap
+)->list:    # of dicts as of `metrics`; those of the label-free column also with the rule
+    "Step 0 | last | label-free | oracle."
     both = {t.id for t in test} & {t.id for t in val}
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
-    rule, rows = choose_rule(val), []
+    rule = choose_rule(val)
+    rows = []
     for column in COLUMNS:
-        choice, said = (rule, dict(rule=rule)) if column == 'label-free' else (column, {})
-        rows += [r | said for r in metrics(run, single(test, choice), 0, column, seed)]
+        choice = rule if column == 'label-free' else column
+        found = metrics(run, single(test, choice), 0, column, seed)
+        if column == 'label-free': found = [dict(row, rule=rule) for row in found]
+        rows += found
     return rows
 
 # %% ../nbs/08_columns.ipynb #356f856d
@@ -75,57 +107,89 @@ def four_columns(
     metric='acc50', # the one that is shown
 )->Table:           # raises KeyError for a run that the rows lack
     "A line a run and the four columns side by side, as value [low, high]."
-    found = {(r['run'], r['column']): r for r in rows if r['metric'] == metric}
+    found = {(row['run'], row['column']): row for row in rows if row['metric'] == metric}
     body = []
     for run in runs:
         told = [found.get((run, column)) for column in COLUMNS]
         texts = ['{value:.3f} [{low:.3f}, {high:.3f}]'.format(**r) if r else '' for r in told]
-        if len(set(texts)) == 1: texts = [texts[0], '', '', '']     # there is one answer
         body.append((run, *texts, str(found[run, 'step 0']['n'])))
     return Table(('run', *COLUMNS, 'n'), body)
 
 # %% ../nbs/08_columns.ipynb #d6142128
-def per_sample(trajectories)->dict:  # all of T+1 >= 2 boxes, else ValueError; name -> (n,)
+def per_sample(trajectories)->dict:  # n of T+1 >= 2 boxes, else ValueError; name -> (n,)
     "What happens to each sample on its way; NaN where it does not apply."
-    steps = {len(t.boxes) for t in trajectories}
-    if len(steps) != 1 or steps == {1}: raise ValueError(f'{sorted(steps)} boxes a trajectory')
-    score = np.array([ious(trajectories, t) for t in range(*steps)])            # (T+1, n)
+    counts = {len(t.boxes) for t in trajectories}
+    if len(counts) != 1 or counts == {1}: raise ValueError(f'{sorted(counts)} boxes a trajectory')
+    [n] = counts
+    score = np.array([ious(trajectories, t) for t in range(n)])                 # (T+1, n)
     before = [[iou(a, b) for a, b in pairwise(t.boxes)] for t in trajectories]  # (n, T)
-    step, change = np.diff(score, axis=0), score[-1] - score[0]                 # (T, n), (n,)
-    down, up, easy = ~hits(change, -.01), hits(change, .01, strict=True), hits(score[0], .5)
-    values = dict(D=np.maximum(0, -step).mean(0), signed=step.mean(0), degrade=down,
-                  stagnate=~down & ~up, improve=up,
-                  copies=hits(before, .99, strict=True).mean(1))
-    for name, mask in (('hard', ~easy), ('easy', easy)):
-        for end, u in (('first', score[0]), ('last', score[-1])):
-            values[f'{name}_{end}'] = np.where(mask, u, np.nan)
-    return values | {f'miou_step{t}': u for t, u in enumerate(score)}
+    first, last = score[0], score[-1]                                           # (n,)
+    step = np.diff(score, axis=0)                                               # (T, n)
+    degrade = ~hits(last - first, -.01)
+    improve = hits(last - first, .01, strict=True)
+    easy = hits(first, .5)
+    values = dict(
+        D=np.maximum(0, -step).mean(0), signed=step.mean(0),
+        degrade=degrade, stagnate=~degrade & ~improve, improve=improve,
+        copies=hits(before, .99, strict=True).mean(1),
+        hard_first=np.where(easy, np.nan, first),
+        hard_last=np.where(easy, np.nan, last),
+        easy_first=np.where(easy, first, np.nan),
+        easy_last=np.where(easy, last, np.nan))
+    for t, u in enumerate(score): values[f'miou_step{t}'] = u
+    return values
 
 # %% ../nbs/08_columns.ipynb #be28497b
-def dynamics(run, trajectories, seed=0)->list:  # name, Trajectories; dicts as of `metrics`
+def dynamics(
+    run,            # its name
+    trajectories,   # list of Trajectory
+    seed=0,         # of the bootstrap
+)->list:            # of dicts as of `metrics`
     "Means of `per_sample`, column 'dynamics', over all samples and for each source that has any."
-    values, parts = per_sample(trajectories), {'': [True] * len(trajectories)}
-    for s in sorted({t.source for t in trajectories}):
-        parts['/' + s] = [t.source == s for t in trajectories]
-    cut = {k + part: v[mask & np.isfinite(v)] for part, mask in parts.items()
-           for k, v in values.items()}
-    return [result_row(run, 'dynamics', metric, bootstrap(v, seed), len(v))
-            for metric, v in cut.items() if len(v)]
+    values = per_sample(trajectories)
+    sources = [t.source for t in trajectories]
+    rows = []
+    for source in (None, *sorted(set(sources))):
+        part = '' if source is None else f'/{source}'
+        mask = np.array([source in (None, own) for own in sources])
+        for metric, value in values.items():
+            chosen = value[mask & np.isfinite(value)]
+            if len(chosen):
+                interval = bootstrap(chosen, seed)
+                rows.append(result_row(run, 'dynamics', metric + part, interval, len(chosen)))
+    return rows
 
 # %% ../nbs/08_columns.ipynb #65d16a6a
-def paired(old, new, seed=0)->tuple:    # (n,), (n,) of the same samples, else ValueError
-    "The mean of new - old, low, high: a 95 % bootstrap interval over samples."
+def paired(
+    old,    # (n,)
+    new,    # (n,), of the same samples in the same order, else ValueError
+    seed=0, # of the bootstrap
+)->tuple:   # mean, low, high
+    "The mean of new - old with its 95 % bootstrap interval over samples."
     old, new = np.asarray(old, float), np.asarray(new, float)
     if old.shape != new.shape: raise ValueError(f'{len(old)} values against {len(new)}')
     return bootstrap(new - old, seed)
 
-def mcnemar(old, new)->float:  # (n,), bool, both of the same samples; 1 where they never differ
+# %% ../nbs/08_columns.ipynb #3ff90a45
+def mcnemar(
+    old,    # (n,) bool
+    new,    # (n,) bool, of the same samples in the same order
+)->float:   # p, 1 where they never differ
     "McNemar's exact two-sided p: how likely so uneven a split of wins and losses is by chance."
-    wins, losses = (int(np.greater(a, b).sum()) for a, b in ((new, old), (old, new)))
+    wins = int(np.greater(new, old).sum())
+    losses = int(np.greater(old, new).sum())
     tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
     return min(1., 2 * tail / 2 ** (wins + losses))
 
 # %% ../nbs/08_columns.ipynb #633b61e9
+def _same_questions(run, against, new, old):
+    "Raises ValueError where two lists of Trajectories are not one answer each to one list."
+    for x, y in zip_longest(new, old):
+        if x is None or y is None or (x.id, x.truth) != (y.id, y.truth):
+            raise ValueError(f'{(x or y).id}: not the same question to {run} and {against}')
+        if not len(x.boxes) == len(y.boxes) == 1: raise ValueError(f'{x.id}: more than one box')
+
+# %% ../nbs/08_columns.ipynb #380924c7
 def compare(
     run,        # name of the new answers
     against,    # name of the old ones
@@ -134,15 +198,14 @@ def compare(
     seed=0,     # of the bootstrap
 )->list:        # dicts as of `metrics`; those of accuracies also with p, wins, losses
     "What the new answers score above the old ones, sample by sample."
-    for x, y in zip_longest(new, old):
-        if not (x and y and x.id == y.id and x.truth == y.truth):
-            raise ValueError(f'{(x or y).id}: not the same question to {run} and {against}')
-        if not len(x.boxes) == len(y.boxes) == 1: raise ValueError(f'{x.id}: more than one box')
-    a, b, rows = ious(old), ious(new), []
-    for metric in ('acc50', 'acc70', 'acc90', 'miou'):
-        u, v = (a, b) if metric == 'miou' else (hits(x, int(metric[3:]) / 100) for x in (a, b))
-        row = result_row(run, f'vs {against}', f'd_{metric}', paired(u, v, seed), len(u))
+    _same_questions(run, against, new, old)
+    before, after = ious(old), ious(new)
+    def row(metric, u, v):
+        return result_row(run, f'vs {against}', metric, paired(u, v, seed), len(u))
+    rows = []
+    for percent in (50, 70, 90):
+        u, v = hits(before, percent / 100), hits(after, percent / 100)
         wins, losses = int((v > u).sum()), int((u > v).sum())
-        if metric != 'miou': row |= dict(p=mcnemar(u, v), wins=wins, losses=losses)
-        rows.append(row)
-    return rows
+        exact = dict(p=mcnemar(u, v), wins=wins, losses=losses)
+        rows.append(row(f'd_acc{percent}', u, v) | exact)
+    return [*rows, row('d_miou', before, after)]

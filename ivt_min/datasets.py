@@ -15,28 +15,38 @@ from .core import Sample, Trajectory, read_json, read_jsonl
 from .render import ImageError, open_image
 
 # %% ../nbs/20_datasets.ipynb #1922820b
-def _must(fine, what, v=None):
-    if fine: return v
-    raise ValueError(what)
+def _must(fine, what):
+    if not fine: raise ValueError(what)
 
-def _text(v):
-    fine = type(v) is str and v.strip() and len(v) <= 2000 and not re.search('[\ud800-\udfff]', v)
-    return _must(fine, 'not a text of 1 to 2,000 characters', v)
+def _text(value):
+    fine = type(value) is str and value.strip() and len(value) <= 2000
+    _must(fine and not re.search('[\ud800-\udfff]', value), 'not a text of 1 to 2,000 characters')
+    return value
 
-def _side(v): return _must(type(v) is int and 0 < v < 10**6, 'not a number of pixels', v)
-def _flag(v): return _must(type(v) is bool, 'neither true nor false', v)
-def _count(v):
-    n = len(v) if type(v) is list else v
+# %% ../nbs/20_datasets.ipynb #57020db8
+def _side(value):
+    _must(type(value) is int and 0 < value < 10**6, 'not a number of pixels')
+    return value
+
+def _flag(value):
+    _must(type(value) is bool, 'neither true nor false')
+    return value
+
+def _count(value):
+    n = len(value) if type(value) is list else value
     fine = type(n) in (int, str) and re.fullmatch('[0-9]{1,6}', str(n))
-    return int(_must(fine, 'neither a count nor a list', n))
+    _must(fine, 'neither a count nor a list')
+    return int(n)
 
 # %% ../nbs/20_datasets.ipynb #13b28cb9
 def _picture(name, folder):
     "The path of a picture below `folder`; raises ValueError where it would leave it."
     _must(folder is not None, 'no picture in the row, and no folder of pictures')
-    root, path = os.path.realpath(folder), os.path.realpath(Path(folder, _text(name)))
-    leaves = '://' in name or Path(name).is_absolute() or not Path(path).is_relative_to(root)
-    return _must(not leaves, 'outside the folder of pictures', Path(folder, name))
+    root = os.path.realpath(folder)
+    path = Path(os.path.realpath(Path(folder, _text(name))))
+    leaves = '://' in name or Path(name).is_absolute() or not path.is_relative_to(root)
+    _must(not leaves, 'outside the folder of pictures; give a path relative to it')
+    return Path(folder, name)
 
 # %% ../nbs/20_datasets.ipynb #7e6c526c
 def true_box(
@@ -48,17 +58,20 @@ def true_box(
     "A box of a data set in permille; raises ValueError where it is none of that convention."
     numbers = isinstance(box, (list, tuple)) and {*map(type, box)} <= {int, float}
     _must(numbers and len(box) == 4 and all(abs(v) < 1e9 for v in box), 'not four finite numbers')
-    dx, dy = {'xyxy px': (0, 0), 'xywh px': box[:2]}[convention]
-    x0, y0, x1, y1 = given = box[0], box[1], box[2] + dx, box[3] + dy
-    inside = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    x0, y0, x1, y1 = box
+    left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
+    given = (x0, y0, x1 + left, y1 + top)
+    inside = (max(x0, 0), max(y0, 0),
+              min(given[2], width), min(given[3], height))
+    rim = max(abs(a - b) for a, b in zip(inside, given))
+    side = min(inside[2] - inside[0], inside[3] - inside[1])
     here = f'as {convention} in a picture of {width} x {height}'
-    _must(max(abs(a - b) for a, b in zip(inside, given)) <= 1, f'leaves the picture, {here}')
-    sides = inside[2] - inside[0], inside[3] - inside[1]
-    _must(min(sides) >= .99, f'reversed or under 1 px, {here}')
+    _must(rim <= 1, f'leaves the picture, {here}')
+    _must(side >= .99, f'reversed or under 1 px, {here}')
     return to_permille(inside, width, height), inside != given
 
 # %% ../nbs/20_datasets.ipynb #d43ea6be
-def coco_id(file_name)->int:  # None where the name is not one of COCO's
+def coco_id(file_name)->int:    # None where the name is not one of COCO's
     "The number of a COCO image: twelve digits, whatever stands before them and after."
     found = re.search(r'(?:^|[/_])(\d{12})(?:_\d+)?\.\w+$', file_name, re.A)
     return int(found[1]) if found else None
@@ -83,23 +96,31 @@ def _read(row, name, reader):
     try: return reader(row[name])
     except ValueError as e: raise ValueError(f'{name} {reprlib.repr(row[name])}: {e}') from None
 
+def _name(value): return _text(str(value) if type(value) is int else value)
+
+def _image(row, images):
+    "The picture of a row, or the path of the one that it names."
+    image = row['image']
+    if image is None: return _read(row, 'file_name', lambda name: _picture(name, images))
+    _must(isinstance(image, Image.Image), 'image: not a PIL image')
+    return image
+
+# %% ../nbs/20_datasets.ipynb #abe8b415
 def _sample(row, layout, i, images):
     "The Sample of row `i`, from 0; raises ValueError that names the field."
     _must(isinstance(row, dict), 'not a dict')
     _must('raw_str' not in row, 'of the other Ref-Adv (Akula et al. 2020), not of Ref-Adv-s')
     missing = [k for k in (layout.expression, layout.box, *layout.facts) if k not in row]
-    _must(not missing, 'no ' + ', '.join(missing))
+    _must(not missing, 'fields that are missing: ' + ', '.join(missing))
     row = {'id': f'{layout.source}-{i:04d}', 'image': None, **row}
     meta = {k: _read(row, k, reader) for k, reader in layout.facts.items()}
-    read_box = lambda v: true_box(v, meta['width'], meta['height'], layout.convention)
-    truth, cut = _read(row, layout.box, read_box)
-    coco = str(meta.get('image_source')).startswith('coco')
-    meta |= dict(box=list(row[layout.box]), convention=layout.convention, cut=cut,
-                 coco_id=coco_id(meta['file_name']) if coco else None)
-    image, own = row['image'], isinstance(row['image'], Image.Image)
-    if image is None: image = _read(row, 'file_name', lambda v: _picture(v, images))
-    else: _must(own, 'image: not a PIL image')
-    name = _read(row, 'id', lambda v: _text(str(v) if type(v) is int else v))
+    def permille(box): return true_box(box, meta['width'], meta['height'], layout.convention)
+    truth, cut = _read(row, layout.box, permille)
+    meta |= dict(box=list(row[layout.box]), convention=layout.convention, cut=cut)
+    of_coco = str(meta.get('image_source')).startswith('coco')
+    meta['coco_id'] = coco_id(meta['file_name']) if of_coco else None
+    image = _image(row, images)
+    name = _read(row, 'id', _name)
     return Sample(name, layout.source, _read(row, layout.expression, _text), truth, image, meta)
 
 # %% ../nbs/20_datasets.ipynb #5de2a22d
@@ -112,10 +133,11 @@ def _samples(rows, where, images, n, layout):
             _must(sample.id not in samples, f'id {sample.id!r} is there twice')
         except ValueError as e: raise ValueError(f'{where}, row {i + 1}: {e}') from None
         samples[sample.id] = sample
-    fine = samples and n in (None, len(samples))
-    return _must(fine, f'{where}: {len(samples)} rows, not {n or "some"}', list(samples.values()))
+    whole = samples and n in (None, len(samples))
+    _must(whole, f'{where}: {len(samples)} rows, not {n or "some"}')
+    return list(samples.values())
 
-# %% ../nbs/20_datasets.ipynb #a6418fda
+# %% ../nbs/20_datasets.ipynb #1dc9d1c1
 def read_ref_adv_s(
     rows,           # path of a .json list or of JSONL, or an iterable of dicts
     images=None,    # folder of the pictures, for rows that only name them
@@ -123,50 +145,63 @@ def read_ref_adv_s(
     layout=REF_ADV_S,   # of the rows
 )->list:            # of Sample; raises ValueError that names the file, the row and the field
     "The samples of Ref-Adv-s, or of a set of another layout."
-    where = 'rows'
-    if isinstance(rows, (str, Path)):
-        where, rows = rows, (read_json if Path(rows).suffix == '.json' else read_jsonl)(rows)
-        _must(type(rows) is list, f'{where}: not a list')
-    return _samples(rows, where, images, n, layout)
+    if not isinstance(rows, (str, Path)): return _samples(rows, 'rows', images, n, layout)
+    read = read_json if Path(rows).suffix == '.json' else read_jsonl
+    found = read(rows)
+    _must(type(found) is list, f'{rows}: not a list')
+    return _samples(found, rows, images, n, layout)
 
 # %% ../nbs/20_datasets.ipynb #99d55a66
 def _own(row, folder):
     "A row of one's own in the form of a set: its picture by name, with its size."
     _must(isinstance(row, dict) and 'image' in row, 'no image')
-    path = _read(row, 'image', lambda v: _picture(v, folder))
-    size = {} if {'width', 'height'} <= row.keys() else dict(
-        zip(('width', 'height'), open_image(path).size))
-    return {**row, **size, 'file_name': row['image'], 'image': None}
+    path = _read(row, 'image', lambda name: _picture(name, folder))
+    own = {**row, 'file_name': row['image'], 'image': None}
+    if not {'width', 'height'} <= row.keys():
+        own['width'], own['height'] = open_image(path).size
+    return own
 
-# %% ../nbs/20_datasets.ipynb #e0a87257
+# %% ../nbs/20_datasets.ipynb #15ae5280
 def read_rows(
     path,                   # JSONL file; its pictures lie beside it or below
     convention='xyxy px',   # of its boxes, or 'xywh px'
 )->list:                    # of Sample; raises ValueError that names the file, the row, the field
     "The samples of a file of one's own: rows with image, expression and box."
-    layout = Layout(Path(path).stem, 'expression', 'box', convention, _PICTURE)
+    folder = Path(path).parent
     rows = []
     for i, row in enumerate(read_jsonl(path)):
-        try: rows.append(_own(row, Path(path).parent))
+        try: rows.append(_own(row, folder))
         except ValueError as e: raise ValueError(f'{path}, row {i + 1}: {e}') from None
-    return _samples(rows, path, Path(path).parent, None, layout)
+    layout = Layout(Path(path).stem, 'expression', 'box', convention, _PICTURE)
+    return _samples(rows, path, folder, None, layout)
 
 # %% ../nbs/20_datasets.ipynb #22dd3480
-def scan(samples, skip=False)->tuple:  # list of Sample; leave out what is unusable, or ValueError
-    "The samples whose pictures open, in the size of their row, and a dict of other ids -> reason."
+def scan(
+    samples,    # list of Sample
+    skip=False, # whether those that are unusable are left out; else they are a ValueError
+)->tuple:       # list of the usable Samples; a dict, id of another -> reason
+    "The samples whose pictures open, in the size of their row."
     sizes, reasons = {}, {}
-    for s in samples:
-        key = repr(s.image)     # a path, or a PIL image with its address
-        try: w, h = sizes[key] = sizes.get(key) or open_image(s.image).size
-        except ImageError as e: reasons[s.id] = str(e); continue
-        said = s.meta.get('width', w), s.meta.get('height', h)
-        if said != (w, h): reasons[s.id] = f'{w} x {h} px, but {said[0]} x {said[1]} in its row'
-    some = '\n'.join(f'{i}: {why}' for i, why in list(reasons.items())[:9])
+    for x in samples:
+        key = repr(x.image)     # a path, or a PIL image with its address
+        try:
+            if key not in sizes: sizes[key] = open_image(x.image).size
+        except ImageError as e:
+            reasons[x.id] = str(e)
+            continue
+        w, h = sizes[key]
+        said = (x.meta.get('width', w), x.meta.get('height', h))
+        if said != (w, h): reasons[x.id] = f'{w} x {h} px, but {said[0]} x {said[1]} in its row'
+    some = '\n'.join(f'{name}: {why}' for name, why in list(reasons.items())[:9])
     _must(skip or not reasons, f'{len(reasons)} of {len(samples)} samples are unusable:\n{some}')
-    return [s for s in samples if s.id not in reasons], reasons
+    return [x for x in samples if x.id not in reasons], reasons
 
 # %% ../nbs/20_datasets.ipynb #1a922c61
-def missed(sample, reason, steps=1)->Trajectory:    # what, why as `scan` says, boxes it lacks
+def missed(
+    sample,     # the one that was skipped
+    reason,     # why, as `scan` says
+    steps=1,    # boxes that it lacks
+)->Trajectory:
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)

@@ -15,48 +15,84 @@ from .boxes import iou
 from .core import from_row, read_json, read_jsonl, rng, write_json
 
 # %% ../nbs/07_evaluate.ipynb #f2aeb278
-def ious(trajectories, step=0)->np.ndarray:  # which of their boxes, -1 the last; (n,), fractions
-    "The IoU of a step's box with the truth, 0 where it has none; ValueError without such a step."
+def ious(
+    trajectories,   # list of Trajectory
+    step=0,         # which of their boxes, -1 the last
+)->np.ndarray:      # (n,), fractions; raises ValueError without such a step
+    "The IoU of a step's box with the truth, 0 where it has none."
     short = [t.id for t in trajectories if not -len(t.boxes) <= step < len(t.boxes)]
     if short: raise ValueError(f'no step {step} in {", ".join(short[:3])}')
     return np.array([iou(t.boxes[step], t.truth) for t in trajectories])
 
 # %% ../nbs/07_evaluate.ipynb #42391ad2
-def hits(ious, threshold, strict=False)->np.ndarray:    # (n,) and one fraction; (n,) bool
-    "Which IoUs reach the threshold; within 1e-10 they are equal to it: then `strict` is a miss."
-    return np.asarray(ious) >= threshold + (1e-10 if strict else -1e-10)
+def hits(
+    ious,           # (n,), fractions
+    threshold,      # a fraction; within 1e-10 an IoU is equal to it
+    strict=False,   # whether an IoU must be above it
+)->np.ndarray:      # (n,) bool
+    "Which IoUs reach the threshold."
+    tolerance = 1e-10 if strict else -1e-10
+    return np.asarray(ious) >= threshold + tolerance
 
-def acc(ious, threshold, strict=False):  # as for `hits`
+# %% ../nbs/07_evaluate.ipynb #0b98a3e6
+def acc(
+    ious,           # (n,), fractions
+    threshold,      # a fraction
+    strict=False,   # as for `hits`
+)->float:
     "The share of samples whose IoU reaches the threshold."
     return float(hits(ious, threshold, strict).mean())
 
-def macc(ious, strict=True):  # as for `hits`
-    "The mean accuracy over the thresholds .50, .55 ... .95, by default as Ref-L4 counts it."
-    return float(np.mean([acc(ious, x / 100, strict) for x in range(50, 100, 5)]))
+# %% ../nbs/07_evaluate.ipynb #184a45a2
+def macc(
+    ious,           # (n,), fractions
+    strict=True,    # as for `hits`; Ref-L4 counts so
+)->float:
+    "The mean accuracy over the thresholds .50, .55 ... .95."
+    levels = [x / 100 for x in range(50, 100, 5)]
+    return float(np.mean([acc(ious, level, strict) for level in levels]))
 
 # %% ../nbs/07_evaluate.ipynb #99ee18e7
-def bootstrap(values, seed=0, n_boot=2000)->tuple:  # (n,), finite, else ValueError; resamples
-    "Mean, low, high: the mean of `values` with its 95 % percentile interval over samples."
-    values, draw = np.sort(np.asarray(values, float)), rng('bootstrap', seed)
+def bootstrap(
+    values,     # (n,), finite, else ValueError
+    seed=0,     # of the draws
+    n_boot=2000,    # how many means are drawn
+)->tuple:       # mean, low, high
+    "The mean of `values` with its 95 % percentile interval over samples."
+    values = np.sort(np.asarray(values, float))
     n = len(values)
     if not n or not np.isfinite(values).all(): raise ValueError(f'{n} values, not all finite')
-    sizes = (min(100, n_boot - i) for i in range(0, n_boot, 100))   # bounds the memory
-    means = [m for k in sizes for m in values[draw.integers(n, size=(k, n))].mean(1)]
-    return float(values.mean()), *map(float, np.quantile(means, (.025, .975)))
+    draw = rng('bootstrap', seed)
+    means = []
+    for k in range(0, n_boot, 100):     # a hundred at once bounds the memory
+        chosen = draw.integers(n, size=(min(100, n_boot - k), n))
+        means += values[chosen].mean(1).tolist()
+    low, high = np.quantile(means, (.025, .975))
+    return float(values.mean()), float(low), float(high)
 
 # %% ../nbs/07_evaluate.ipynb #fe13aff0
-METRICS = ('acc50', 'acc70', 'acc90', 'miou', 'parse')
-
-def target_size(t):  # a Trajectory
+def target_size(t):     # a Trajectory
     "How large the true box is: 'small' below 4 % of the picture, 'large' from 12 %."
     x0, y0, x1, y1 = t.truth
     share = (x1 - x0) * (y1 - y0) / 1e6
-    return 'small' if share < .04 else 'medium' if share < .12 else 'large'
+    if share < .04: return 'small'
+    return 'medium' if share < .12 else 'large'
 
-def result_row(run, column, metric, interval, n)->dict:  # interval: (value, low, high)
+# %% ../nbs/07_evaluate.ipynb #07de8d13
+def result_row(
+    run,        # its name
+    column,     # which of its boxes
+    metric,     # name of the metric
+    interval,   # value, low, high
+    n,          # number of samples
+)->dict:        # with run, column, metric, value, low, high, n
     "A row of the results, to six digits."
-    value, low, high = (round(x, 6) for x in interval)
-    return dict(run=run, column=column, metric=metric, value=value, low=low, high=high, n=n)
+    value, low, high = [round(x, 6) for x in interval]
+    return dict(run=run, column=column, metric=metric,
+                value=value, low=low, high=high, n=n)
+
+# %% ../nbs/07_evaluate.ipynb #34afa438
+METRICS = ('acc50', 'acc70', 'acc90', 'miou', 'parse')
 
 def metrics(
     run,                # its name
@@ -64,15 +100,19 @@ def metrics(
     step=0,             # which of their boxes
     column='step 0',    # what that box is called in the table
     seed=0,             # of the bootstrap
-)->list:                # dicts with run, column, metric, value, low, high, n
+)->list:                # of dicts as of `result_row`
     "The results of a run: over all samples, for each source, for each size of target."
-    score, parts = ious(trajectories, step), {'': [True] * len(trajectories)}
+    score = ious(trajectories, step)
     parsed = [t.boxes[step] is not None for t in trajectories]
-    values = np.array([*(hits(score, x) for x in (.5, .7, .9)), score, parsed], float)
-    for of in ([t.source for t in trajectories], [target_size(t) for t in trajectories]):
-        parts |= {'/' + part: [v == part for v in of] for part in sorted(set(of))}
-    return [result_row(run, column, metric + part, bootstrap(v, seed), len(v))
-            for part, mask in parts.items() for metric, v in zip(METRICS, values[:, mask])]
+    values = np.array([hits(score, .5), hits(score, .7), hits(score, .9),
+                       score, parsed], float)       # (5, n), as METRICS
+    parts = {'': [True] * len(trajectories)}    # which samples a row is about
+    sources = [t.source for t in trajectories]
+    for labels in (sources, [target_size(t) for t in trajectories]):
+        for part in sorted(set(labels)):
+            parts[f'/{part}'] = [label == part for label in labels]
+    return [result_row(run, column, metric + part, bootstrap(chosen, seed), len(chosen))
+            for part, mask in parts.items() for metric, chosen in zip(METRICS, values[:, mask])]
 
 # %% ../nbs/07_evaluate.ipynb #094a0245
 @dataclass(frozen=True)
@@ -80,47 +120,62 @@ class Table:
     "A table as a notebook shows it; its text is Markdown."
     head: tuple     # names of the columns
     body: list      # tuples of texts
+
     def __repr__(self):
         widths = [max(map(len, texts)) for texts in zip(self.head, *self.body)]
-        lines = [self.head, ['-' * w for w in widths], *self.body]
-        pad = lambda line: ' | '.join(text.ljust(w) for text, w in zip(line, widths))
-        return '\n'.join(f'| {pad(line)} |' for line in lines)
+        rule = ['-' * width for width in widths]
+        lines = [[text.ljust(width) for text, width in zip(texts, widths)]
+                 for texts in (self.head, rule, *self.body)]
+        return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
     _repr_markdown_ = __repr__
 
+# %% ../nbs/07_evaluate.ipynb #0fa01156
 def table(
-    rows,               # dicts as `metrics` makes them
+    rows,               # dicts as of `result_row`
     metrics=METRICS,    # which, in order
     parts=False,        # whether sources and sizes get lines of their own
     digits=3,           # after the point
 )->Table:               # a line a run and column
     "Results as value [low, high], with n."
-    lines, number = {}, f'{{:.{digits}f}}'.format
-    for r in rows:
-        metric, _, part = r['metric'].partition('/')
-        line = lines.setdefault((r['run'], r['column'], part or 'all'), {'n': str(r['n'])})
-        line[metric] = '{} [{}, {}]'.format(*(number(r[k]) for k in ('value', 'low', 'high')))
-    names = (*metrics, 'n')
-    body = [(*key[:2 + parts], *(line.get(m, '') for m in names))
-            for key, line in lines.items() if parts or key[2] == 'all']
-    return Table(('run', 'column', *['part'] * parts, *names), body)
+    lines = {}
+    for row in rows:
+        metric, _, part = row['metric'].partition('/')
+        key = row['run'], row['column'], part or 'all'
+        line = lines.setdefault(key, {'n': str(row['n'])})
+        line[metric] = '{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]'.format(d=digits, **row)
+    columns = ('run', 'column', 'part') if parts else ('run', 'column')
+    body = []
+    for key, line in lines.items():
+        if parts or key[2] == 'all':
+            texts = [line.get(metric, '') for metric in (*metrics, 'n')]
+            body.append((*key[:len(columns)], *texts))
+    return Table((*columns, *metrics, 'n'), body)
 
 # %% ../nbs/07_evaluate.ipynb #24d43cb4
-def read_run(folder, split='test', n=None)->list:  # of the run; samples; how many there must be
-    "The Trajectories of a run; raises ValueError that names the file and what is wrong."
+def read_run(
+    folder,         # of the run
+    split='test',   # which samples it answers
+    n=None,         # how many there must be
+)->list:            # of Trajectory; raises ValueError that names the file and what is wrong
+    "The trajectories of a run."
     path = Path(folder)/f'{split}.jsonl'
     try: done = [from_row(row) for row in read_jsonl(path)]
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
-    twice = [i for i, k in Counter(t.id for t in done).items() if k > 1]
+    twice = [name for name, count in Counter(t.id for t in done).items() if count > 1]
     if twice: raise ValueError(f'{path}: more than once: {", ".join(twice[:5])}')
     if n not in (None, len(done)): raise ValueError(f'{path}: {len(done)} samples, not {n}')
     return done
 
 # %% ../nbs/07_evaluate.ipynb #f907b873
-def update_results(path, rows)->list:  # results.json, is made; dicts as `metrics` makes them
-    "Replace what the file holds of the same runs and columns; all rows that it now holds."
-    key = lambda r: (r['run'], r['column'])
-    new = set(map(key, rows))
+def update_results(
+    path,   # of results.json, is made
+    rows,   # dicts as of `result_row`
+)->list:    # of all rows that it now holds
+    "Replace what the file holds of the same runs and columns."
+    def key(row): return row['run'], row['column']
+    new = {key(row) for row in rows}
     old = read_json(path) if Path(path).exists() else []
-    both = sorted([r for r in old if key(r) not in new] + list(rows), key=key)
+    both = sorted([row for row in old if key(row) not in new] + list(rows), key=key)
     if both != old: write_json(path, both)
     return both

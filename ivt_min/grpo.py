@@ -8,7 +8,9 @@ __all__ = ['REWARDS', 'PAPER', 'reward', 'advantage', 'GRPO', 'normaliser', 'grp
 
 # %% ../nbs/12_grpo.ipynb #d51aef6e
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -20,30 +22,45 @@ from .loop import Loop, Transcript, model_policy, rollout, transcript
 from .train import Run, fingerprint
 
 # %% ../nbs/12_grpo.ipynb #a512873a
-def _signed(u): return sum(d if d > 0 else 2 * d for d in np.diff(u))
-def _confirm(u): return float(u[-1] >= .5) + (u[-1] >= .5 > u[0]) - (u[0] >= .5 > u[-1])
+def _final(ious): return ious[-1]
 
-REWARDS = dict(     # of the IoUs of a trajectory, step 0 first
-    final=lambda u: u[-1], mean=np.mean, signed=_signed, confirm=_confirm,
-    threshold=lambda u: np.mean([u[-1] >= t for t in (.5, .7, .9)]))
+def _signed(ious): return sum(d if d > 0 else 2 * d for d in np.diff(ious))
 
+def _confirm(ious):
+    right_first = ious[0] >= .5
+    right_last = ious[-1] >= .5
+    if right_last: return 1. if right_first else 2.
+    return -1. if right_first else 0.
+
+def _threshold(ious):
+    return np.mean([ious[-1] >= x for x in (.5, .7, .9)])
+
+REWARDS = dict(     # name -> function of a trajectory's IoUs, one a step, to a number
+    final=_final, mean=np.mean, signed=_signed, confirm=_confirm, threshold=_threshold)
+
+# %% ../nbs/12_grpo.ipynb #26aaf4d9
 def reward(
     episode,            # Episode, finished
     how='final',        # one of REWARDS
     format_weight=.1,   # weight of the share of steps that can be read
 )->float:
     "What a trajectory is worth, by the labels."
-    scores = [iou(b, episode.sample.truth) for b in episode.boxes]
+    scores = [iou(box, episode.sample.truth) for box in episode.boxes]
     readable = np.mean([box is not None for box in episode.boxes])
     return float(REWARDS[how](scores) + format_weight * readable)
 
 # %% ../nbs/12_grpo.ipynb #e1bd05c9
-def advantage(rewards, std=True, floor=.05):  # (P, N), a row a group; divide by its std, at least
-    "How much better a trajectory is than its group, (P, N)."
-    r = np.asarray(rewards, float)
-    r = r - r[:, :1]    # equal rewards become exact zeros
-    a = r - r.mean(1, keepdims=True)
-    return a / np.maximum(a.std(1, keepdims=True), floor) if std else a
+def advantage(
+    rewards,    # (P, N), a row a group
+    std=True,   # whether it is divided by the group's standard deviation
+    floor=.05,  # the least that is divided by
+):              # (P, N)
+    "How much better a trajectory is than its group."
+    rewards = np.asarray(rewards, float)
+    shifted = rewards - rewards[:, :1]      # equal rewards become exact zeros
+    centred = shifted - shifted.mean(1, keepdims=True)
+    if not std: return centred
+    return centred / np.maximum(centred.std(1, keepdims=True), floor)
 
 # %% ../nbs/12_grpo.ipynb #bb9b2196
 @dataclass(frozen=True)
@@ -70,69 +87,101 @@ class GRPO:
     every: int = 20         # steps between checkpoints
     seed: int = 0           # of the order and of all sampling
 
-    def __post_init__(s):
-        names = s.reward in REWARDS and s.loss_mean in ('sample', 'token', 'constant')
-        if not names or not (s.first or s.loop.steps): raise ValueError(f'nothing to learn by: {s}')
+    def __post_init__(self):
+        means = ('sample', 'token', 'constant')
+        for name, known in (('reward', REWARDS), ('loss_mean', means)):
+            value = getattr(self, name)
+            if value not in known: raise ValueError(f'{name} {value!r}: not of {", ".join(known)}')
+        if not self.first and self.loop.steps == 0: raise ValueError('first=False and no step: '
+                                                                     'nothing is sampled')
 
-PAPER = GRPO(Loop(steps=2, max_tokens=128, temperature=1.), prompts=4, lr=1e-5, micro=1,
-             steps=200)     # all but T, N, beta and the reward is ours
+PAPER = GRPO(   # all but T, N, beta and the reward is ours
+    Loop(steps=2, max_tokens=128, temperature=1.), prompts=4,
+    lr=1e-5, micro=1, steps=200)
 
 # %% ../nbs/12_grpo.ipynb #8bb9a665
-def normaliser(s, lengths)->float:  # GRPO, sampled ids of each trajectory of the whole step
+def normaliser(
+    s,          # GRPO
+    lengths,    # sampled ids of each trajectory of the whole step
+)->float:
     "What the sum of a step's losses is divided by."
+    most = (s.loop.steps + 1) * s.loop.max_tokens
     return {'sample': len(lengths), 'token': sum(lengths),
-            'constant': len(lengths) * (s.loop.steps + 1) * s.loop.max_tokens}[s.loss_mean]
+            'constant': len(lengths) * most}[s.loss_mean]
 
+# %% ../nbs/12_grpo.ipynb #5babdf30
 def grpo_loss(
     logp,       # (B, M) log-probabilities of the sampled ids, with a gradient
     old,        # (B, M) the same when they were sampled
     ref,        # (B, M) the same by the reference
     advantage,  # (B,)
     mask,       # (B, M) 1 where there is an id
-    s,          # GRPO: low, high, beta, per
+    s,          # GRPO: low, high, beta, loss_mean
     n,          # of `normaliser`, over the whole step
 ):              # loss; sums over the ids: k3, and how many had no gradient for being clipped
     "The clipped objective and the leash, of the sampled ids alone (DeepSeekMath, eq. 3)."
-    logp, old, ref = (x * mask for x in (logp, old, ref))
-    a, ratio = advantage[:, None].to(logp), (logp - old).exp()                  # (B, 1), (B, M)
+    logp, old, ref = logp * mask, old * mask, ref * mask                # (B, M)
+    a = advantage[:, None].to(logp)                                     # (B, 1)
+    ratio = (logp - old).exp()                                          # (B, M)
     gain = torch.minimum(ratio * a, ratio.clamp(1 - s.low, 1 + s.high) * a)
     k3 = (ref - logp).exp() - (ref - logp) - 1
-    each = (s.beta * k3 - gain) * mask
-    if s.loss_mean == 'sample': each = each / mask.sum(1, keepdim=True).clamp(min=1)
-    out = ((ratio > 1 + s.high) & (a > 0) | (ratio < 1 - s.low) & (a < 0)) * mask
-    return each.sum() / n, dict(k3=(k3 * mask).sum().item(), clipped=out.sum().item())
+    loss = (s.beta * k3 - gain) * mask
+    if s.loss_mean == 'sample':
+        loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
+    too_high = (ratio > 1 + s.high) & (a > 0)
+    too_low = (ratio < 1 - s.low) & (a < 0)
+    clipped = ((too_high | too_low) * mask).sum().item()
+    sums = dict(k3=(k3 * mask).sum().item(), clipped=clipped)
+    return loss.sum() / n, sums
 
 # %% ../nbs/12_grpo.ipynb #f6ec9720
-def _rest(row, start):
+def _without_first(row, start):
     "A transcript of which nothing before the id `start` is learned."
-    done = sum(row.mask[:start])
-    return Transcript(row.dialogue, (0,) * start + row.mask[start:], row.logps[done:])
+    skipped = sum(row.mask[:start])
+    mask = (0,) * start + row.mask[start:]
+    return Transcript(row.dialogue, mask, row.logps[skipped:])
 
 def collect_rollouts(
     vlm,        # VLM
     samples,    # list of core.Sample: P prompts
     s,          # GRPO
     step,       # its number names the randomness
-):
-    "N trajectories a prompt: (P * N) Episodes and their Transcripts, group by group."
+):              # P * N Episodes, group by group; their Transcripts
+    "N trajectories a prompt."
     many = [x for x in samples for _ in range(s.group)]
-    keys = [('grpo', s.seed, step, x.id, m) for x in samples for m in range(s.group)]
-    warm = model_policy(vlm, s.loop, kept := {})
-    calm = model_policy(vlm, replace(s.loop, temperature=0.), kept)
-    policy = lambda episodes, memory=None: (warm if s.first or memory else calm)(episodes, memory)
+    keys = [('grpo', s.seed, step, x.id, m)
+            for x in samples for m in range(s.group)]
+    asked = {}      # key of an episode -> its dialogues, step by step
+    sampled = model_policy(vlm, s.loop, asked)
+    greedy = model_policy(vlm, replace(s.loop, temperature=0.), asked)
+
+    def policy(episodes, memory=None):
+        if memory is None and not s.first: return greedy(episodes)
+        return sampled(episodes, memory)
+
     episodes = rollout(policy, many, s.loop, keys=keys, batch=len(many), progress=False)
-    rows = [transcript(vlm, s.loop, e, kept[e.key]) for e in episodes]
-    return episodes, rows if s.first else [_rest(r, len(kept[e.key][1].ids))
-                                           for r, e in zip(rows, episodes)]
+    rows = [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
+    if not s.first:
+        rows = [_without_first(row, len(asked[e.key][1].ids))
+                for row, e in zip(rows, episodes)]
+    return episodes, rows
 
-def logps(vlm, rows, s)->list:  # VLM, Transcripts, GRPO; a tensor (sampled ids,) for each
+# %% ../nbs/12_grpo.ipynb #6fcccc6a
+def logps(
+    vlm,        # VLM
+    rows,       # Transcripts
+    s,          # GRPO
+)->list:        # a tensor (sampled ids,) for each
     "Log-probabilities of the sampled ids, with a gradient where the weights have one."
-    parts = [rows[k:k + s.micro] for k in range(0, len(rows), s.micro)]
-    return [x for part in parts for x in score(
-        vlm, [r.dialogue for r in part], [r.mask for r in part], s.loop.temperature
-    ).split([sum(r.mask) for r in part])]
+    out = []
+    for k in range(0, len(rows), s.micro):
+        part = rows[k:k + s.micro]
+        masks = [row.mask for row in part]
+        marked = score(vlm, [row.dialogue for row in part], masks, s.loop.temperature)
+        out += marked.split([sum(mask) for mask in masks])
+    return out
 
-# %% ../nbs/12_grpo.ipynb #c427f342
+# %% ../nbs/12_grpo.ipynb #0905956e
 @torch.no_grad()
 def reference_logps(
     vlm,        # VLM
@@ -148,61 +197,81 @@ def reference_logps(
     return out
 
 # %% ../nbs/12_grpo.ipynb #86d69501
-def rollout_stats(episodes, rewards, rows)->dict:   # Episodes, (P, N), Transcripts; for the log
+def rollout_stats(
+    episodes,   # B Episodes
+    rewards,    # (P, N)
+    rows,       # B Transcripts
+)->dict:        # for the log
     "What a step's rollouts were like."
-    u = np.array([[iou(b, e.sample.truth) for b in e.boxes] for e in episodes])     # (B, T + 1)
-    pairs = [iou(a, b) > .99 for e in episodes for a, b in zip(e.boxes, e.boxes[1:])]
-    down = np.maximum(0, -np.diff(u)).mean() if pairs else 0.
-    return dict(reward=rewards.mean(), miou=u.mean(0).tolist(), D=down,
-                copies=np.mean(pairs or [0.]), length=np.mean([sum(r.mask) for r in rows]),
-                entropy=-np.mean([p for r in rows for p in r.logps]),
-                flat=(np.ptp(rewards, axis=1) == 0).mean())
+    ious = np.array([[iou(box, e.sample.truth) for box in e.boxes]
+                     for e in episodes])            # (B, T + 1)
+    drops = np.maximum(0, -np.diff(ious))           # (B, T)
+    copied = [iou(a, b) > .99 for e in episodes for a, b in pairwise(e.boxes)]
+    return dict(
+        reward=rewards.mean(), miou=ious.mean(0).tolist(),
+        D=drops.sum() / max(1, drops.size),
+        copies=sum(copied) / max(1, len(copied)),
+        length=np.mean([sum(row.mask) for row in rows]),
+        entropy=-np.mean([logp for row in rows for logp in row.logps]),
+        flat=(np.ptp(rewards, axis=1) == 0).mean())
 
 # %% ../nbs/12_grpo.ipynb #f5938990
-def _ascend(vlm, rows, A, old, ref, s):
-    "The gradient of a step's loss, part by part; the loss, and sums over the sampled ids."
-    total, said = 0., dict(k3=0., clipped=0.)
-    n, pad = normaliser(s, [sum(r.mask) for r in rows]), lambda x: pad_sequence(x, batch_first=True)
-    on = [k for k in range(len(rows)) if s.beta or A[k] != 0]   # the others have no gradient
-    for k in range(0, len(on), s.micro):
-        part = on[k:k + s.micro]
-        now = logps(vlm, [rows[i] for i in part], s)
-        given = [pad([x[i] for i in part]) for x in (old, ref)]
-        mask = pad([torch.ones_like(x) for x in now])
-        loss, sums = grpo_loss(pad(now), *given, A[part], mask, s, n)
-        loss.backward()
-        total, said = total + loss.item(), {k: v + sums[k] for k, v in said.items()}
-    return total, said
+def _prompts(samples, s, step):
+    "The samples of a step: every epoch takes them in another order."
+    epoch, k = divmod(step, len(samples) // s.prompts)
+    order = rng('grpo', s.seed, epoch).permutation(len(samples))
+    return [samples[i] for i in order[k * s.prompts:(k + 1) * s.prompts]]
+
+def _fixed_logps(vlm, rows, s, name, ref):
+    "What the policy gave its ids when it sampled them, and what the reference gives them."
+    old = [torch.tensor(row.logps) for row in rows]
+    if vlm.model.device.type != 'cpu':      # in bf16 the ratio must begin at 1
+        old = reference_logps(vlm, rows, s, name)
+    return old, reference_logps(vlm, rows, s, ref, name) if s.beta else old
+
+def _micro_batches(A, s):
+    "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
+    live = [i for i in range(len(A)) if s.beta or A[i] != 0]
+    return [live[k:k + s.micro] for k in range(0, len(live), s.micro)]
+
+def _pad(tensors, part=None):
+    "Some tensors of different length, or all, as one: (B, M), zeros at the end."
+    chosen = tensors if part is None else [tensors[i] for i in part]
+    return pad_sequence(chosen, batch_first=True)
 
 # %% ../nbs/12_grpo.ipynb #fb873849
 def train_grpo(
     vlm,            # VLM with both adapters, the trained one active
     params,         # dict of name -> parameter, of `copy_adapter`
     samples,        # list of core.Sample: the prompts
-    s,              # grpo.GRPO
-    folder,         # for checkpoints and log.jsonl, outside the repository
+    s,              # GRPO
+    folder,         # for checkpoints and log.jsonl; a reward that is changed needs another
     name='grpo',    # the adapter that is trained
     ref='sft',      # the one that holds the leash
 )->list:            # of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
     told = [(x.id, x.expression, x.truth) for x in samples]
-    about = dict(s=asdict(s), base=fingerprint(vlm), samples=told)
-    run, per = Run(params, s, folder, about), len(samples) // s.prompts
+    run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), samples=told))
     for step in run:
-        start, order = time.time(), rng('grpo', s.seed, step // per).permutation(len(samples))
-        some = [samples[i] for i in order[step % per * s.prompts:][:s.prompts]]
-        episodes, rows = collect_rollouts(vlm, some, s, step)
-        R = np.array([reward(e, s.reward, s.format_weight) for e in episodes]).reshape(-1, s.group)
-        A, seconds = torch.tensor(advantage(R, s.std, s.floor).ravel()), time.time() - start
-        old = [torch.tensor(r.logps, device=vlm.model.device) for r in rows]
-        if old[0].device.type != 'cpu':     # in bf16 the ratio must begin at 1
-            old = reference_logps(vlm, rows, s, name)
-        anchor = reference_logps(vlm, rows, s, ref, name) if s.beta else old
+        start = time.time()
+        episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)
+        R = np.reshape([reward(e, s.reward, s.format_weight) for e in episodes], (-1, s.group))
+        A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
+        took = time.time() - start
+        old, fixed = _fixed_logps(vlm, rows, s, name, ref)
+        n = normaliser(s, [len(x) for x in old])
         for _ in range(s.updates):
-            loss, said = _ascend(vlm, rows, A, old, anchor, s)
-            moved = run.move(loss)
-        ids = sum(map(len, old))
-        run.note(**moved, **rollout_stats(episodes, R, rows),
-                 **{k: v / ids for k, v in said.items()}, tokens_s=ids / seconds, seconds=time.time() - start)
+            sums = Counter(loss=0., k3=0., clipped=0.)
+            for part in _micro_batches(A, s):
+                logp = logps(vlm, [rows[i] for i in part], s)
+                mask = _pad([torch.ones_like(x) for x in logp])     # (B, M)
+                loss, said = grpo_loss(_pad(logp), _pad(old, part), _pad(fixed, part),
+                                       A[part], mask, s, n)
+                loss.backward()
+                sums.update(said, loss=loss.item())
+            moved = run.move(sums['loss'])      # clip, step
+        ids = sum(len(x) for x in old)
+        run.note(**moved, **rollout_stats(episodes, R, rows), k3=sums['k3'] / ids,
+                 clipped=sums['clipped'] / ids, tokens_s=ids / took, seconds=time.time() - start)
     return run.log

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
-           'image_tokens', 'ask', 'collate', 'encode_pictures', 'features', 'second_look', 'wake_late', 'use_adapter',
-           'add_adapter', 'adapter_weights', 'words_of', 'question']
+           'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'second_look',
+           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
-import os, re, warnings
+import inspect, os, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +16,12 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import torch as safe
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
                           BitsAndBytesConfig)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    BaseModelOutputWithDeepstackFeatures, Qwen3VLModel)
 from transformers.utils import logging
 from .core import data_path, read_json
 from .render import open_image
@@ -38,68 +40,57 @@ class VLM:
     name: str           # folder or hub name that it was loaded from
     made_for: str = ''  # what it was made for, where it is of no use elsewhere
     loop: dict = None   # settings of the loop that its adapter was taught with
-    late: dict = field(default_factory=dict)    # where its late adapters are awake, see `wake_late`
+    late: set = field(default_factory=set)  # names of its late adapters, see `forward`
 
 # %% ../nbs/04_model.ipynb #33430952
 def shipped()->dict:    # of name -> folder
     "The models that come along: the tiny base, adapters by the name of their folder and their run."
     found = dict(tiny=data_path('tiny'))
     for about in sorted(data_path('adapters').glob('*/ivt.json')):
-        found[about.parent.name] = about.parent
-        found[read_json(about).get('run') or about.parent.name] = about.parent
+        folder = about.parent
+        found[folder.name] = folder
+        found[read_json(about).get('run') or folder.name] = folder
     return found
 
 # %% ../nbs/04_model.ipynb #83a9cdba
 def find_model(name=None):  # of what comes along, folder, hub name (owner/name); None is the base
     "The folder of a model or adapter, a Path; a hub name as it is. FileNotFoundError for others."
     known = shipped()
-    if str(name or 'tiny') in known: return known[str(name or 'tiny')]
-    folder = Path(os.path.expanduser(name))
+    wanted = str(name or 'tiny')
+    if wanted in known: return known[wanted]
+    folder = Path(os.path.expanduser(wanted))
     if folder.is_dir(): return folder
-    if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)): return str(name)
-    raise FileNotFoundError(f'no model {str(name)!r}: it is no folder and no hub name '
+    if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', wanted): return wanted
+    raise FileNotFoundError(f'no model {wanted!r}: it is no folder and no hub name '
                             f'(owner/name), and not one of {", ".join(known)}')
-
-# %% ../nbs/04_model.ipynb #feee4771
-def _must_be_cached(name):
-    "Whether a hub model can only come from this machine's cache; OSError where it is nowhere."
-    try: HfApi().model_info(name, timeout=10)
-    except RepositoryNotFoundError: raise FileNotFoundError(f'no model {name} on the hub') from None
-    except Exception as e:  # no network, or none wanted
-        try: AutoConfig.from_pretrained(name, local_files_only=True)
-        except OSError:
-            why = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise OSError(f'{name}: the hub is out of reach, and the model is not in the cache '
-                          f'of this machine ({why})') from None
-        return True
-    return False
-
-# %% ../nbs/04_model.ipynb #7041df64
-@contextmanager
-def _no_bars(hidden):
-    "Without transformers' progress bars if `hidden`; afterwards they are as they were."
-    hidden = hidden and logging.is_progress_bar_enabled()
-    if hidden: logging.disable_progress_bar()
-    try: yield
-    finally:
-        if hidden: logging.enable_progress_bar()
 
 # %% ../nbs/04_model.ipynb #b2e19c71
 def _device(name):
     "A device that is there, by default a GPU if there is one; else ValueError."
-    name = str(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    try: torch.empty(0, device=name)
+    device = str(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device {name!r}: {str(e).splitlines()[0]}') from None
-    return name
+        raise ValueError(f'device {device!r}: {str(e).splitlines()[0]}') from None
+    return device
 
 def _weights_as(device, nf4):
     "What from_pretrained is told about the weights."
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     if not nf4: return dict(dtype=dtype)
-    return dict(dtype=dtype, quantization_config=BitsAndBytesConfig(
+    four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=['model.visual', 'lm_head']))
+        llm_int8_skip_modules=['model.visual', 'lm_head'])
+    return dict(dtype=dtype, quantization_config=four_bits)
+
+# %% ../nbs/04_model.ipynb #7041df64
+@contextmanager
+def _no_bars(hidden):
+    "Without transformers' progress bars if `hidden`; afterwards they are as they were."
+    hide = hidden and logging.is_progress_bar_enabled()
+    if hide: logging.disable_progress_bar()
+    try: yield
+    finally:
+        if hide: logging.enable_progress_bar()
 
 # %% ../nbs/04_model.ipynb #310fe7db
 def load(
@@ -110,27 +101,30 @@ def load(
 ):                          # VLM; raises OSError or ValueError, in one line, where there is none
     "A model by its name, ready to answer."
     source = find_model(name)
-    if isinstance(source, Path) and (source/'adapter_config.json').exists():
-        ours = read_json(source/'ivt.json')
-        return _adapt(load(ours['base'], device, nf4, max_pixels), source, ours)
+    ours = Path(source)/'ivt.json'
+    if (Path(source)/'adapter_config.json').exists():
+        about = read_json(ours)
+        return _with_adapter(load(about['base'], device, nf4, max_pixels), source, about)
     local = isinstance(source, Path) or _must_be_cached(source)
-    device = _device(device)
+    where = _device(device)
     with _no_bars(local):
         model = AutoModelForImageTextToText.from_pretrained(
-            source, local_files_only=local, device_map=device, **_weights_as(device, nf4))
+            source, local_files_only=local, device_map=where, **_weights_as(where, nf4))
         processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
         if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
-    least, most = processor.size['shortest_edge'], processor.size['longest_edge']
-    processor.size = dict(shortest_edge=min(least, max_pixels), longest_edge=min(most, max_pixels))
-    about = Path(source)/'ivt.json'
-    ours = read_json(about) if about.exists() else {}
-    return VLM(model.eval(), tokenizer, processor, ours.get('prompt', OFFICIAL),
-               str(name or 'tiny'), ours.get('made_for', ''))
+    processor.size = {edge: min(processor.size[edge], max_pixels)
+                      for edge in ('shortest_edge', 'longest_edge')}
+    about = read_json(ours) if ours.exists() else {}
+    return VLM(model.eval(), tokenizer, processor, about.get('prompt', OFFICIAL),
+               str(name or 'tiny'), about.get('made_for', ''))
 
 # %% ../nbs/04_model.ipynb #685fd524
-def encode(vlm, text)->list:  # VLM; anybody's words; ids, none of them special
+def encode(
+    vlm,    # VLM
+    text,   # anybody's words
+)->list:    # ids, none of them special
     "Ids of a text in which special tokens are nothing but characters."
     return vlm.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -142,7 +136,11 @@ class Patches:
     grid: tuple             # (1, rows, columns) of patches, P = rows x columns
     vision_features: tuple = None   # what the tower makes of it, of `encode_pictures`
 
-def to_patches(vlm, image)->Patches:  # VLM; anything that open_image takes
+# %% ../nbs/04_model.ipynb #01204ccc
+def to_patches(
+    vlm,        # VLM
+    image,      # anything that `open_image` takes
+)->Patches:     # not yet seen by the vision tower
     "The patches of one image."
     out = vlm.processor(images=[open_image(image)], return_tensors='pt')
     return Patches(out['pixel_values'], tuple(out['image_grid_thw'][0].tolist()))
@@ -158,120 +156,30 @@ def _marks(vlm, text):
     "Ids of our own markup, special tokens included."
     return tuple(vlm.tokenizer.encode(text, add_special_tokens=False))
 
-def image_tokens(vlm, pic)->tuple:  # VLM; Patches; ids
+# %% ../nbs/04_model.ipynb #29261876
+def image_tokens(
+    vlm,        # VLM
+    picture,    # Patches
+)->tuple:       # ids
     "The ids that stand for a picture: one a visual token, between the marks of vision."
-    cfg = vlm.model.config
-    n = pic.grid[1] * pic.grid[2] // cfg.vision_config.spatial_merge_size**2
-    return (cfg.vision_start_token_id, *[cfg.image_token_id] * n, cfg.vision_end_token_id)
+    config = vlm.model.config
+    _, rows, columns = picture.grid
+    n = rows * columns // config.vision_config.spatial_merge_size**2
+    return (config.vision_start_token_id, *[config.image_token_id] * n, config.vision_end_token_id)
 
 # %% ../nbs/04_model.ipynb #b9d619a0
-def ask(vlm, text, images=()):  # the user's words, never special; what is shown before them
-    "One user turn as a Dialogue that ends where the assistant begins to write."
-    pics = tuple(to_patches(vlm, i) for i in images)
-    seen = sum((image_tokens(vlm, p) for p in pics), ())
-    ids = (*_marks(vlm, '<|im_start|>user\n'), *seen, *encode(vlm, text),
-           *_marks(vlm, '<|im_end|>\n<|im_start|>assistant\n'))
-    return Dialogue(ids, pics)
-
-# %% ../nbs/04_model.ipynb #143a1996
-def collate(vlm, dialogues, left=True):  # B of them; pad on the left (generate) or right (train)
-    "A batch: ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)."
-    length = max(len(d.ids) for d in dialogues)
-    ids = torch.full((len(dialogues), length), vlm.tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, d in enumerate(dialogues):
-        at = slice(length - len(d.ids), length) if left else slice(len(d.ids))
-        ids[row, at], mask[row, at] = torch.tensor(d.ids), 1
-    is_image = (ids == vlm.model.config.image_token_id).int()
-    grids = [p.grid for d in dialogues for p in d.pictures]
-    grids = torch.tensor(grids) if grids else None
-    positions, _ = vlm.model.model.get_rope_index(ids, is_image, grids, attention_mask=mask)
-    return tuple(x.to(vlm.model.device) for x in (ids, mask, positions))
-
-# %% ../nbs/04_model.ipynb #0e33c385
-def encode_pictures(
+def ask(
     vlm,        # VLM
-    pictures,   # list of Patches
-)->list:        # the same with `vision_features`, each (visual tokens, D)
-    "The same pictures, seen by the vision tower, all at once; the tokens first, then DeepStack's."
-    if not pictures: return []
-    patches = torch.cat([p.patches for p in pictures]).to(vlm.model.device)
-    grids = torch.tensor([p.grid for p in pictures]).to(vlm.model.device)
-    out = vlm.model.model.get_image_features(patches, grids)
-    seen = zip(out.pooler_output, *out.deepstack_features)
-    return [replace(p, vision_features=s) for p, s in zip(pictures, seen)]
-
-# %% ../nbs/04_model.ipynb #64ec748e
-def features(vlm, pictures):  # VLM; Patches; forward's mm_encoder_outputs, or None without any
-    "The vision tower's output for pictures, in their order; those already seen are not seen again."
-    fresh = iter(encode_pictures(vlm, [p for p in pictures if p.vision_features is None]))
-    seen = [p.vision_features or next(fresh).vision_features for p in pictures]
-    if not seen: return None
-    pooled, *deep = zip(*seen)
-    return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=pooled,
-                                                           deepstack_features=list(deep)))
-
-# %% ../nbs/04_model.ipynb #b45c758c
-def second_look(vlm, ids):  # VLM, (B, L); (B, L) bool
-    "Which columns belong to the second picture of their dialogue, or come after its beginning."
-    return (ids == vlm.model.config.vision_start_token_id).cumsum(1) > 1
-
-# %% ../nbs/04_model.ipynb #2664832d
-def wake_late(vlm, name):   # VLM, name of its adapter
-    "Let an adapter act only where `vlm.late['on']` says so; `answer` and `score` keep that up."
-    def gate(module, args, out): return out * vlm.late['on'][..., None].to(out)
-    for n, part in vlm.model.named_modules():
-        if n.endswith(f'.lora_B.{name}'): part.register_forward_hook(gate)
-    vlm.late['names'] = {*vlm.late.get('names', ()), name}
-
-# %% ../nbs/04_model.ipynb #bc6af51d
-def use_adapter(vlm, name):     # VLM, name of one of its adapters
-    "Let one adapter act, and no other."
-    from peft import functional
-    functional.set_adapter(vlm.model, name)
-
-# %% ../nbs/04_model.ipynb #f937eac4
-def add_adapter(vlm, config, name):     # VLM; peft's config; a new name, else ValueError
-    "Put an adapter with fresh weights into the model, and let it act."
-    from peft import functional
-    if name in getattr(vlm.model, 'peft_config', {}): raise ValueError(f'adapter {name} is there')
-    with warnings.catch_warnings():     # a second adapter is no accident
-        warnings.filterwarnings('ignore', 'Already found a `peft_config`')
-        functional.inject_adapter_in_model(config, vlm.model, name)
-    use_adapter(vlm, name)
-
-# %% ../nbs/04_model.ipynb #93c22cd0
-def adapter_weights(vlm, name)->dict:   # VLM, name of one of its adapters; name -> tensor
-    "The weights of an adapter, by the names that peft gives them in a file."
-    from peft import functional
-    weights = functional.get_peft_model_state_dict(
-        vlm.model, adapter_name=name, save_embedding_layers=False)
-    return {f'base_model.model.{k}': v for k, v in weights.items()}
-
-# %% ../nbs/04_model.ipynb #4202bf9d
-SAVED = 'adapter_model.safetensors'     # the file of a PEFT folder
-
-def _misfits(new, old):
-    "Names of tensors that are missing, too many, of another shape, or not finite."
-    shapes = {k: v.shape for k, v in new.items() if v.isfinite().all()}
-    wanted = {k: v.shape for k, v in old.items()}
-    return sorted(k for k in old.keys() | new.keys() if shapes.get(k) != wanted.get(k))
-
-# %% ../nbs/04_model.ipynb #52554de9
-def _adapt(vlm, folder, ours):
-    "The VLM with the adapter of a folder; ValueError where its file is not one of this model."
-    from peft import PeftConfig, functional
-    config, name, path = PeftConfig.from_pretrained(folder), folder.name, folder/SAVED
-    config.inference_mode = True
-    add_adapter(vlm, config, name)
-    new = safe.load_file(path)
-    odd = _misfits(new, adapter_weights(vlm, name))
-    if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
-    new = {k.removeprefix('base_model.model.'): v for k, v in new.items()}
-    functional.set_peft_model_state_dict(vlm.model, new, name)
-    if ours['late']: wake_late(vlm, name)
-    loop = {k: tuple(v) if k == 'fill' else v for k, v in ours['loop'].items()}
-    return replace(vlm, name=name, loop=loop)
+    text,       # the user's words, never special
+    images=(),  # what is shown before them
+)->Dialogue:    # up to where the assistant begins to write
+    "One user turn, and the assistant's turn opened."
+    pictures = tuple(to_patches(vlm, image) for image in images)
+    ids = [*_marks(vlm, '<|im_start|>user\n')]
+    for picture in pictures: ids += image_tokens(vlm, picture)
+    ids += encode(vlm, text)
+    ids += _marks(vlm, '<|im_end|>\n<|im_start|>assistant\n')
+    return Dialogue(tuple(ids), pictures)
 
 # %% ../nbs/04_model.ipynb #a286706b
 def words_of(sample)->str:  # core.Sample; raises TypeError or ValueError that names it
@@ -284,8 +192,182 @@ def words_of(sample)->str:  # core.Sample; raises TypeError or ValueError that n
     return words.strip()
 
 # %% ../nbs/04_model.ipynb #08751085
-def question(vlm, sample):  # VLM, core.Sample; Dialogue; raises ValueError that names it
+def question(
+    vlm,        # VLM
+    sample,     # core.Sample
+)->Dialogue:    # raises TypeError or ValueError that names the sample
     "The dialogue that asks for a sample's box."
     words = words_of(sample)
     try: return ask(vlm, vlm.prompt.replace('{expression}', words), [sample.image])
     except ValueError as e: raise ValueError(f'{sample.id}: {e}') from e
+
+# %% ../nbs/04_model.ipynb #143a1996
+def collate(
+    vlm,        # VLM
+    dialogues,  # B of them
+    left=True,  # pad on the left, to generate; else on the right, to train
+)->tuple:       # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
+    "A batch of dialogues, padded to the longest of them."
+    side = 'left' if left else 'right'
+    rows = [torch.tensor(d.ids) for d in dialogues]
+    ids = pad_sequence(rows, True, vlm.tokenizer.pad_token_id, side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    is_image = (ids == vlm.model.config.image_token_id).int()
+    grids = [picture.grid for d in dialogues for picture in d.pictures]
+    positions, _ = vlm.model.model.get_rope_index(
+        ids, is_image, torch.tensor(grids) if grids else None, attention_mask=mask)
+    device = vlm.model.device
+    return ids.to(device), mask.to(device), positions.to(device)
+
+# %% ../nbs/04_model.ipynb #0e33c385
+def encode_pictures(
+    vlm,        # VLM
+    pictures,   # list of Patches
+)->list:        # the same with `vision_features`, each (visual tokens, D)
+    "What the vision tower sees: the tokens, then DeepStack's. A picture is seen once, all at once."
+    new = [p for p in pictures if p.vision_features is None]
+    if not new: return pictures
+    patches = torch.cat([p.patches for p in new]).to(vlm.model.device)
+    grids = torch.tensor([p.grid for p in new]).to(vlm.model.device)
+    out = vlm.model.model.get_image_features(patches, grids)
+    seen = zip(out.pooler_output, *out.deepstack_features)
+    return [replace(p, vision_features=next(seen)) if p.vision_features is None else p
+            for p in pictures]
+
+# %% ../nbs/04_model.ipynb #64ec748e
+def features(
+    vlm,        # VLM
+    pictures,   # list of Patches
+):              # what transformers calls mm_encoder_outputs; None without a picture
+    "The vision tower's output for pictures, in their order."
+    if not pictures: return None
+    tokens, *deep = zip(*(p.vision_features for p in encode_pictures(vlm, pictures)))
+    return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=tokens,
+                                                           deepstack_features=deep))
+
+# %% ../nbs/04_model.ipynb #b45c758c
+def second_look(
+    vlm,    # VLM
+    ids,    # (B, L)
+):          # (B, L) bool
+    "Which columns belong to the second picture of their dialogue, or come after its beginning."
+    return (ids == vlm.model.config.vision_start_token_id).cumsum(1) > 1
+
+# %% ../nbs/04_model.ipynb #2664832d
+_FORWARD = inspect.signature(Qwen3VLModel.forward).parameters
+_CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
+
+@contextmanager
+def _late_adapters(vlm, late):
+    "What late adapters add counts only where `late`, (B, L) bool, is true."
+    def gate(module, args, out): return out * late[..., None].to(out)
+    ends = tuple(f'.lora_B.{name}' for name in vlm.late)
+    parts = [part for name, part in vlm.model.named_modules() if name.endswith(ends)]
+    hooks = [part.register_forward_hook(gate) for part in parts]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../nbs/04_model.ipynb #35309967
+def forward(
+    vlm,            # VLM
+    ids,            # (B, L) ids to read
+    mask,           # (B, columns), 1 where a column counts: those of the cache, then the L new ones
+    positions,      # (3, B, L) of M-RoPE
+    pictures=(),    # list of Patches, those behind the image tokens of `ids`, in order
+    late=None,      # (B, L) bool, where late adapters act; by default `second_look` of `ids`
+    cache=None,     # keys and values so far, grows by L columns; `late` must be given with it
+):                  # hidden states (B, L, D), of which `vlm.model.lm_head` makes logits (B, L, V)
+    "One run of the network over a batch."
+    if late is None and cache is not None: raise ValueError('a cache, but not where to be late')
+    where = second_look(vlm, ids) if late is None else late
+    with _late_adapters(vlm, where):
+        return vlm.model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions,
+            mm_encoder_outputs=features(vlm, pictures), use_cache=cache is not None,
+            **{_CACHE: cache})[0]
+
+# %% ../nbs/04_model.ipynb #bc6af51d
+def use_adapter(
+    vlm,    # VLM
+    name,   # of one of its adapters
+):
+    "Let one adapter act, and no other."
+    from peft import functional
+    functional.set_adapter(vlm.model, name)
+
+# %% ../nbs/04_model.ipynb #f937eac4
+def add_adapter(
+    vlm,        # VLM
+    config,     # of peft
+    name,       # a new one, else ValueError
+):
+    "Put an adapter with fresh weights into the model, and let it act."
+    from peft import functional
+    if name in getattr(vlm.model, 'peft_config', {}): raise ValueError(f'adapter {name} is there')
+    with warnings.catch_warnings():     # a second adapter is no accident
+        warnings.filterwarnings('ignore', 'Already found a `peft_config`')
+        functional.inject_adapter_in_model(config, vlm.model, name)
+    use_adapter(vlm, name)
+
+# %% ../nbs/04_model.ipynb #93c22cd0
+def adapter_weights(
+    vlm,    # VLM
+    name,   # of one of its adapters
+)->dict:    # name -> tensor
+    "The weights of an adapter, by the names that peft gives them in a file."
+    from peft import functional
+    weights = functional.get_peft_model_state_dict(
+        vlm.model, adapter_name=name, save_embedding_layers=False)
+    return {f'base_model.model.{key}': weight for key, weight in weights.items()}
+
+# %% ../nbs/04_model.ipynb #74f40671
+def set_adapter_weights(
+    vlm,        # VLM
+    name,       # of one of its adapters
+    weights,    # name -> tensor, as of `adapter_weights`
+):
+    "Give an adapter the weights of another one, or of a file."
+    from peft import functional
+    bare = {key.removeprefix('base_model.model.'): weight for key, weight in weights.items()}
+    functional.set_peft_model_state_dict(vlm.model, bare, name)
+
+# %% ../nbs/04_model.ipynb #4202bf9d
+SAVED = 'adapter_model.safetensors'     # the file of a PEFT folder
+
+def _misfits(new, old):
+    "Names of tensors that are missing, too many, of another shape, or not finite."
+    given = {(key, v.shape) for key, v in new.items() if v.isfinite().all()}
+    wanted = {(key, v.shape) for key, v in old.items()}
+    return sorted({key for key, _ in given ^ wanted})
+
+# %% ../nbs/04_model.ipynb #52554de9
+def _with_adapter(vlm, folder, about):
+    "The VLM with the adapter of a folder; ValueError where its file is not one of this model."
+    from peft import PeftConfig
+    name = folder.name
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    add_adapter(vlm, config, name)
+    path = folder/SAVED
+    weights = safe.load_file(path)
+    odd = _misfits(weights, adapter_weights(vlm, name))
+    if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
+    set_adapter_weights(vlm, name, weights)
+    if about['late']: vlm.late.add(name)
+    loop = dict(about['loop'], fill=tuple(about['loop']['fill']))
+    return replace(vlm, name=name, loop=loop)
+
+# %% ../nbs/04_model.ipynb #feee4771
+def _must_be_cached(name):
+    "Whether a hub model can only come from this machine's cache; OSError where it is nowhere."
+    try: HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError: raise FileNotFoundError(f'no model {name} on the hub') from None
+    except Exception as e:  # no network, or none wanted
+        try: AutoConfig.from_pretrained(name, local_files_only=True)
+        except OSError:
+            why = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise OSError(f'{name}: the hub is out of reach, and the model is not in the cache '
+                          f'of this machine ({why})') from None
+        return True
+    return False

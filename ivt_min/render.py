@@ -6,11 +6,12 @@
 __all__ = ['ImageError', 'open_image', 'draw_box', 'Picture', 'show', 'stack', 'filmstrip', 'Chart', 'curve', 'dots']
 
 # %% ../nbs/02_render.ipynb #49e06528
-import html, io, math, os, re
+import html, io, math, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from .core import replace_file
 
 # %% ../nbs/02_render.ipynb #b7c7be43
 class ImageError(ValueError):
@@ -18,23 +19,25 @@ class ImageError(ValueError):
 
 _FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')   # none that starts another program
 
-def _of_array(a):
-    "An array as a PIL image; ValueError says what to do with one of another kind."
-    if a.dtype not in (np.uint8, np.uint16):
-        hint = '; if it is 0 to 1, give (array * 255).round().astype("uint8")'
-        raise ValueError(f'array of {a.dtype}, not uint8' + (hint if a.dtype.kind == 'f' else ''))
-    if a.ndim == 3 and a.shape[0] in (1, 3, 4) and a.shape[2] not in (3, 4):
-        raise ValueError(f'array of {a.shape}, channels first; give array.transpose(1, 2, 0)')
-    if a.ndim != 2 and (a.ndim != 3 or a.shape[2] not in (3, 4)):
-        raise ValueError(f'array of {a.shape}, not (height, width, 3)')
-    return Image.fromarray(a)
-
 def _decode(source):
     "A picture that is no PIL image yet as one, the way it is stored."
     if isinstance(source, np.ndarray): return _of_array(source)
-    if isinstance(source, bytes): source = io.BytesIO(source)
-    elif re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
+    if isinstance(source, bytes): return Image.open(io.BytesIO(source), formats=_FORMATS)
+    if re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
     return Image.open(source, formats=_FORMATS)
+
+# %% ../nbs/02_render.ipynb #6dc72c97
+def _of_array(a):
+    "An array as a PIL image; ValueError says what to do with one of another kind."
+    if a.dtype.kind == 'f':
+        hint = 'if it is 0 to 1, give (array * 255).round().astype("uint8")'
+        raise ValueError(f'array of {a.dtype}, not uint8; {hint}')
+    if a.dtype not in (np.uint8, np.uint16): raise ValueError(f'array of {a.dtype}, not uint8')
+    channels = a.shape[2] if a.ndim == 3 else None
+    if a.ndim == 2 or channels in (3, 4): return Image.fromarray(a)
+    if channels and a.shape[0] in (1, 3, 4):
+        raise ValueError(f'array of {a.shape}, channels first; give array.transpose(1, 2, 0)')
+    raise ValueError(f'array of {a.shape}, not (height, width, 3)')
 
 # %% ../nbs/02_render.ipynb #017e07f0
 def _flat(image, max_pixels):
@@ -54,8 +57,11 @@ def _flat(image, max_pixels):
     return image.convert('RGB')
 
 # %% ../nbs/02_render.ipynb #11426988
-def open_image(source, max_pixels=64_000_000):  # path, bytes, PIL image, array of uint8 or uint16
-    "A new PIL image: RGB, upright, first frame, on white; ImageError names it, also one too large."
+def open_image(
+    source,                     # path, bytes, PIL image, array of uint8 or uint16
+    max_pixels=64_000_000,      # width times height; a larger one raises ImageError
+):                              # a new PIL image: RGB, upright, first frame, on white
+    "Any picture, as the model is to see it; what is wrong raises ImageError, which names it."
     try:
         if isinstance(source, Image.Image): return _flat(source, max_pixels)
         with _decode(source) as image: return _flat(image, max_pixels)
@@ -64,6 +70,13 @@ def open_image(source, max_pixels=64_000_000):  # path, bytes, PIL image, array 
         raise ImageError(f'{name}: {e}') from None
 
 # %% ../nbs/02_render.ipynb #5b9af9e8
+def _span(low, high, side):
+    "Two edges, permille, as px: within the side, and at least one pixel apart."
+    low = round(min(max(low, 0), 1000) * side / 1000)
+    high = round(min(max(high, 0), 1000) * side / 1000)
+    low = min(low, side - 1)
+    return low, max(high, low + 1)
+
 def draw_box(
     image,              # PIL image or anything that open_image takes; is not changed
     box,                # (x0, y0, x1, y1), permille, or None
@@ -73,16 +86,15 @@ def draw_box(
 ):                      # RGB image of the same size
     "A copy of the picture with the box as a coloured veil and a line around it."
     out = open_image(image)
-    if box is None or not (box[0] < box[2] and box[1] < box[3]): return out
-    w, h = out.size
-    x0, x1 = (round(min(max(v, 0), 1000) * w / 1000) for v in box[::2])
-    y0, y1 = (round(min(max(v, 0), 1000) * h / 1000) for v in box[1::2])
-    x0, y0 = min(x0, w - 1), min(y0, h - 1)
-    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+    if box is None or box[0] >= box[2] or box[1] >= box[3]: return out
+    x0, x1 = _span(box[0], box[2], out.width)
+    y0, y1 = _span(box[1], box[3], out.height)
     part = out.crop((x0, y0, x1, y1))
-    out.paste(Image.blend(part, Image.new('RGB', part.size, fill), alpha), (x0, y0))
-    width = max(1, round(min(w, h) / 64)) if width is None else width
-    ImageDraw.Draw(out).rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
+    veil = Image.new('RGB', part.size, fill)
+    out.paste(Image.blend(part, veil, alpha), (x0, y0))
+    if width is None: width = max(1, round(min(out.size) / 64))
+    line = ImageDraw.Draw(out)
+    line.rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
     return out
 
 # %% ../nbs/02_render.ipynb #8715deaf
@@ -92,27 +104,28 @@ _ENDINGS = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.png': 'PNG', '.webp': 'WEBP'}
 class Picture:
     "A picture as a notebook shows and stores it: a small JPEG."
     image: object   # PIL image, RGB
+
     def __repr__(self): return 'picture of %d x %d' % self.image.size
+
     def _repr_jpeg_(self):
         for quality in (75, 60, 45, 30):
             data = io.BytesIO()   # without subsampling: thin red and green lines stay sharp
-            self.image.save(data, 'JPEG', quality=quality, subsampling=0, optimize=True)
+            try: self.image.save(data, 'JPEG', quality=quality, subsampling=0, optimize=True)
+            except OSError: continue    # pure noise: more than Pillow's buffer holds
             if data.tell() < 60_000: break
         return data.getvalue()
+
     def save(self, path):  # .jpg, .jpeg, .png or .webp; another ending raises ValueError
         "Write the picture to a file, at once or not at all; missing folders are made."
-        path = Path(path)
-        kind = _ENDINGS.get(path.suffix.lower())
+        kind = _ENDINGS.get(Path(path).suffix.lower())
         if kind is None: raise ValueError(f'{path}: cannot be written, only {", ".join(_ENDINGS)}')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            self.image.save(part, kind, quality=90)
-            os.replace(part, path)
-        finally: part.unlink(missing_ok=True)
+        data = io.BytesIO()
+        self.image.save(data, kind, quality=90)
+        replace_file(path, data.getvalue())
 
 # %% ../nbs/02_render.ipynb #a1c0de05
-_FONT, _LINE = ImageFont.load_default(12), 15   # the font is 12 px high, a line of it 15 px
+_FONT = ImageFont.load_default(12)  # 12 px high
+_LINE = 15                          # from a line of text to the next, px
 
 def _pieces(word, width):
     "A word as pieces of at most `width` px, mostly one."
@@ -122,14 +135,19 @@ def _pieces(word, width):
         yield word[:n]
         word = word[n:]
 
-# %% ../nbs/02_render.ipynb #a1c0de45
+def _wide(text):
+    "Upper bound of a text's width in a chart, px; a browser's font is wider than ours."
+    return 1.2 * _FONT.getlength(str(text))
+
+# %% ../nbs/02_render.ipynb #0a90cec2
 def _wrap(text, width):
     "A text as lines of at most `width` px."
     lines = []
-    for word in (piece for word in str(text).split() for piece in _pieces(word, width)):
-        longer = f'{lines[-1]} {word}' if lines else word
-        if lines and _FONT.getlength(longer) <= width: lines[-1] = longer
-        else: lines.append(word)
+    for word in str(text).split():
+        for piece in _pieces(word, width):
+            longer = f'{lines[-1]} {piece}' if lines else piece
+            if lines and _FONT.getlength(longer) <= width: lines[-1] = longer
+            else: lines.append(piece)
     return lines
 
 # %% ../nbs/02_render.ipynb #a1c0de08
@@ -146,6 +164,16 @@ def _words(text, width, most=99):
     return out
 
 # %% ../nbs/02_render.ipynb #a1c0de09
+def _below(images, gap):
+    "Images below one another on white, at the left, `gap` px apart."
+    height = sum(image.height + gap for image in images) - gap
+    out = Image.new('RGB', (max(image.width for image in images), height), 'white')
+    y = 0
+    for image in images:
+        out.paste(image, (0, y))
+        y += image.height + gap
+    return out
+
 def _sheet(
     pictures,   # PIL images
     titles,     # a text below each
@@ -154,17 +182,21 @@ def _sheet(
     most=99,    # lines of a title
 ):
     "Pictures in rows; a column is as wide and a row as high as what is in it."
-    widths = [max([least, *(p.width for p in pictures[c::cols])]) for c in range(cols)]
-    below = [_words(t, widths[i % cols] - 6, most) for i, t in enumerate(titles)]
-    tall = [p.height + t.height for p, t in zip(pictures, below, strict=True)]
-    heights = [max(tall[i:i + cols]) for i in range(0, len(tall), cols)]
-    size = sum(widths) + 4 * (cols - 1), sum(heights) + 4 * (len(heights) - 1)
+    widths = []
+    for i in range(cols):
+        widths.append(max([least, *(p.width for p in pictures[i::cols])]))
+    cells = []
+    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        text = _words(title, widths[i % cols] - 6, most)
+        cells.append(_below([picture, text], 0))
+    heights = [max(cell.height for cell in cells[i:i + cols])
+               for i in range(0, len(cells), cols)]
+    size = sum(w + 4 for w in widths) - 4, sum(h + 4 for h in heights) - 4
     out = Image.new('RGB', size, 'white')
-    for i, (picture, text) in enumerate(zip(pictures, below)):
-        x = sum(widths[:i % cols]) + 4 * (i % cols)
-        y = sum(heights[:i // cols]) + 4 * (i // cols)
-        out.paste(picture, (x, y))
-        out.paste(text, (x, y + picture.height))
+    for i, cell in enumerate(cells):
+        x = sum(w + 4 for w in widths[:i % cols])
+        y = sum(h + 4 for h in heights[:i // cols])
+        out.paste(cell, (x, y))
     return out
 
 # %% ../nbs/02_render.ipynb #68083aa9
@@ -184,31 +216,28 @@ def show(
 )->Picture:         # one picture of all
     "Pictures side by side with their boxes; for one picture give one title and one box."
     if not isinstance(images, list):
-        images, titles, truth, guess = [images], [titles], [truth], [guess]
-    n, none = len(images), [None] * len(images)
-    cols = cols or min(n, 3 if n < 10 else 5)
-    rows = math.ceil(n / cols)
-    wide, tall = max(8, side // cols - 4), max(8, side // rows - 4)
+        return show([images], [titles], [truth], [guess], cols, side)
+    none = [None] * len(images)
+    cols = cols or min(len(images), 3 if len(images) < 10 else 5)
+    rows = math.ceil(len(images) / cols)
+    wide = max(8, side // cols - 4)
+    tall = max(8, side // rows - 4)
     most = max(1, side // rows // 2 // _LINE)   # lines of a title: at most half of a row
-    images = [ImageOps.contain(open_image(image), (wide, tall)) for image in images]
-    tall = max(image.height for image in images)
+    large = [ImageOps.contain(open_image(image), (wide, tall)) for image in images]
+    tall = max(image.height for image in large)
     while True:
-        small = [ImageOps.contain(image, (wide, tall)) for image in images]
-        small = [_outlined(*x) for x in zip(small, truth or none, guess or none, strict=True)]
-        sheet = _sheet(small, titles or none, cols, min(96, wide), most)
+        small = [ImageOps.contain(image, (wide, tall)) for image in large]
+        drawn = [_outlined(*x) for x in zip(small, truth or none, guess or none, strict=True)]
+        sheet = _sheet(drawn, titles or none, cols, min(96, wide), most)
         if sheet.height <= side or tall <= 8: return Picture(sheet)
         tall = max(8, tall - math.ceil((sheet.height - side) / rows))
 
 # %% ../nbs/02_render.ipynb #a1c0de16
-def stack(pictures)->Picture:  # list of Picture
+def stack(
+    pictures,   # list of Picture
+)->Picture:     # as wide as the widest
     "Pictures below one another on white, at the left."
-    images = [p.image for p in pictures]
-    height = sum(i.height for i in images) + 6 * (len(images) - 1)
-    out, y = Image.new('RGB', (max(i.width for i in images), height), 'white'), 0
-    for image in images:
-        out.paste(image, (0, y))
-        y += image.height + 6
-    return Picture(out)
+    return Picture(_below([p.image for p in pictures], 6))
 
 # %% ../nbs/02_render.ipynb #e7767a51
 def filmstrip(
@@ -222,10 +251,14 @@ def filmstrip(
     "The guesses of a trajectory in one row, a picture and a text a step."
     small = ImageOps.contain(open_image(image), (side, side))
     texts = texts or [f'step {i}' for i in range(len(boxes))]
-    named = [t if b is not None or 'no box' in t else f'{t}: no box' for t, b in zip(texts, boxes)]
-    steps = [_outlined(small, truth, box) for box in boxes]
-    strip = Picture(_sheet(steps, named, len(steps)))
-    return stack([Picture(_words(title, strip.image.width)), strip]) if title else strip
+    steps, captions = [], []
+    for box, text in zip(boxes, texts):
+        if box is None and 'no box' not in text: text += ': no box'
+        steps.append(_outlined(small, truth, box))
+        captions.append(text)
+    strip = _sheet(steps, captions, len(steps))
+    if title: strip = _below([_words(title, strip.width), strip], 6)
+    return Picture(strip)
 
 # %% ../nbs/02_render.ipynb #0a802160
 @dataclass(frozen=True)
@@ -245,11 +278,15 @@ def _chart(width, height, parts):
 # %% ../nbs/02_render.ipynb #5f793af8
 def _ticks(low, high, whole=False):
     "Three to eight round numbers from `low` to `high`, fewer if they must be whole."
-    step = 10 ** math.floor(math.log10(high - low))
-    step *= next(f for f in (2, 1, .5, .2) if (high - low) / (f * step) >= 3)
-    step = max(1, step) if whole else step
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+    size = high - low
+    step = 10 ** math.floor(math.log10(size))
+    step *= next(f for f in (2, 1, .5, .2) if size / (f * step) >= 3)
+    if whole: step = max(1, step)
+    first = math.ceil(low / step)
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
+# %% ../nbs/02_render.ipynb #8813f871
 def _axis(values, start, end):
     "A function from values to px between `start` and `end`, and [(px, text)] of the ticks."
     low, high = min(values), max(values)
@@ -262,7 +299,6 @@ def _axis(values, start, end):
 # %% ../nbs/02_render.ipynb #a1c0de22
 _COLOURS = '#0072b2', '#d55e00', '#009e73', '#aa3399', '#e6a000', '#222222', '#56b4e9'
 _DASHES = 'none', '7 3', '2 2', '9 3 2 3'
-
 def _style(i):
     "Colour and dashes of the i-th line; the first 28 lines differ."
     return _COLOURS[i % 7], _DASHES[i // 7 % 4]
@@ -272,21 +308,23 @@ def _label(x, y, text, anchor='middle'):
     "A line of text as SVG."
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(str(text))}</text>'
 
-def _line(points, style, title=''):
+def _shape(kind, points, look, title=''):
+    "A polyline or polygon through points (x, y) as SVG; the mouse shows its title."
+    corners = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
+    if title: title = f'<title>{html.escape(str(title))}</title>'
+    return f'<{kind} points="{corners}" {look}>{title}</{kind}>'
+
+def _line(points, colour, dashes='none', title=''):
     "A line through points (x, y) as SVG."
-    path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
-    stroke = f'stroke="{style[0]}" stroke-dasharray="{style[1]}" stroke-width="1.5"'
-    title = f'<title>{html.escape(str(title))}</title>' if title else ''
-    return f'<polyline points="{path}" fill="none" {stroke}>{title}</polyline>'
+    look = f'fill="none" stroke="{colour}" stroke-dasharray="{dashes}" stroke-width="1.5"'
+    return _shape('polyline', points, look, title)
 
 # %% ../nbs/02_render.ipynb #a1c0de23
-def _wide(text):
-    "Upper bound of a text's width in a chart, px; a browser's font is wider than ours."
-    return 1.2 * _FONT.getlength(str(text))
-
 def _legend(names, left, sample):
     "Names below one another beside their samples: its SVG, its width, where it ends; px."
-    parts, width, y = [], 0, 28
+    parts = []
+    width = 0
+    y = 28
     for i, name in enumerate(names):
         parts.append(sample(i, left, y))
         for text in _wrap(name, 180):
@@ -296,31 +334,31 @@ def _legend(names, left, sample):
     return parts, width, y
 
 # %% ../nbs/02_render.ipynb #903a1511
-def _points(x, values):
-    "The pairs (x, value), those without a finite value left out."
-    pairs = zip(range(len(values)) if x is None else x, values)
-    return [(a, b) for a, b in pairs if b is not None and math.isfinite(b)]
-
 def _frame(points, xlabel, ylabel):
-    "Two functions from values to px, and the SVG of the axes that hold all points."
+    "A function from points to those in px, and the SVG of the axes that hold all points."
     px, xticks = _axis([x for x, _ in points], 48, 374)
     py, yticks = _axis([y for _, y in points], 200, 24)
-    parts = [_line([(48, y), (374, y)], ('#ddd', 'none')) for y, _ in yticks]
-    parts += [_label(44, y + 4, text, 'end') for y, text in yticks]
+    def place(points): return [(px(x), py(y)) for x, y in points]
+    parts = []
+    for y, text in yticks:
+        parts.append(_line([(48, y), (374, y)], '#ddd'))
+        parts.append(_label(44, y + 4, text, 'end'))
     parts += [_label(x, 215, text) for x, text in xticks]
-    return px, py, [*parts, _label(211, 233, xlabel), _label(4, 13, ylabel, 'start')]
+    return place, [*parts, _label(211, 233, xlabel), _label(4, 13, ylabel, 'start')]
 
 # %% ../nbs/02_render.ipynb #a1c0de28
+def _points(x, values):
+    "The pairs (x, value), those without a finite value left out."
+    pairs = enumerate(values) if x is None else zip(x, values)
+    return [(a, b) for a, b in pairs if b is not None and math.isfinite(b)]
+
 def _drawn(points, style, name):
     "A named line; where it has few points, each is a dot."
-    dots = points if len(points) <= 12 else []
-    circle = f'<circle cx="%.1f" cy="%.1f" r="2.5" fill="{style[0]}"/>'
-    return [_line(points, style, name), *(circle % point for point in dots)]
-
-def _area(points, fill, more=''):
-    "A polygon as SVG; `more` are further attributes."
-    path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
-    return f'<polygon points="{path}" fill="{fill}" {more}/>'
+    parts = [_line(points, *style, name)]
+    if len(points) <= 12:
+        dot = f'r="2.5" fill="{style[0]}"'
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" {dot}/>' for x, y in points]
+    return parts
 
 # %% ../nbs/02_render.ipynb #a1c0de29
 def curve(
@@ -332,38 +370,50 @@ def curve(
 )->Chart:           # 384 x 240 px; the names of two lines or more stand right of that
     "Named lines over a common x."
     if isinstance(series, list):
-        rows, names = series, [k for k in series[0] if k != x]
-        series, x = {k: [r.get(k) for r in rows] for k in names}, x and [r[x] for r in rows]
-    names, lines = list(series), [_points(x, v) for v in series.values()]
-    shades = {k: _points(x, a) + _points(x, b)[::-1] for k, (a, b) in (bands or {}).items()}
-    points = [p for part in (*lines, *shades.values()) for p in part] or [(0, 0)]
-    px, py, parts = _frame(points, xlabel, ylabel)
+        columns = {key: [row.get(key) for row in series] for key in series[0] if key != x}
+        values = [row[x] for row in series] if x else None
+        return curve(columns, values, xlabel, ylabel, bands)
+    names = list(series)
+    lines = [_points(x, values) for values in series.values()]
+    shades = {}     # around a band: along its lows, and back along its highs
+    for name, (lows, highs) in (bands or {}).items():
+        shades[name] = _points(x, lows) + _points(x, highs)[::-1]
+    points = sum([*lines, *shades.values()], []) or [(0, 0)]
+    place, parts = _frame(points, xlabel, ylabel)
     for name, edge in shades.items():
         colour = _style(names.index(name))[0]
-        parts.append(_area([(px(a), py(b)) for a, b in edge], colour, 'fill-opacity=".15"'))
-    for i, line in enumerate(lines):
-        parts += _drawn([(px(a), py(b)) for a, b in line], _style(i), names[i])
-    if len(names) < 2: return _chart(max(384, 8 + _wide(ylabel)), 240, parts)
-    def sample(i, x, y): return _line([(x, y), (x + 26, y)], _style(i))
-    legend, width, bottom = _legend(names, 388, sample)
-    return _chart(max(392 + width, 8 + _wide(ylabel)), max(240, bottom), parts + legend)
+        parts.append(_shape('polygon', place(edge), f'fill="{colour}" fill-opacity=".15"'))
+    for i, line in enumerate(lines): parts += _drawn(place(line), _style(i), names[i])
+    wide, high = 384, 240
+    if len(names) > 1:
+        def sample(i, x, y):
+            return _line([(x, y), (x + 26, y)], *_style(i))
+        legend, width, bottom = _legend(names, 388, sample)
+        parts += legend
+        wide = 392 + width
+        high = max(240, bottom)
+    return _chart(max(wide, 8 + _wide(ylabel)), high, parts)
 
 # %% ../nbs/02_render.ipynb #a1c0de37
-_CORNERS = (16, 0), (4, 1 / 8), (3, 1 / 4), (4, 0), (5, 1 / 4)   # how many; turn of the first
+_CORNERS = (    # how many; turn of the first
+    (16, 0), (4, 1 / 8), (3, 1 / 4),
+    (4, 0), (5, 1 / 4))
 
-def _dot(x, y, i, hollow):
-    "The i-th of five shapes around a point, as SVG."
+def _dot(x, y, i, column):
+    "The i-th of five shapes around a point, as SVG; hollow for an oracle."
     n, turn = _CORNERS[i % 5]
-    angles = [2 * math.pi * (k / n + turn) for k in range(n)]
-    edge = [(x + 4.5 * math.cos(a), y - 4.5 * math.sin(a)) for a in angles]
+    edge = []
+    for k in range(n):
+        angle = 2 * math.pi * (k / n + turn)
+        edge.append((x + 4.5 * math.cos(angle), y - 4.5 * math.sin(angle)))
     colour = _style(i)[0]
-    return _area(edge, 'white' if hollow else colour, f'stroke="{colour}" stroke-width="1.5"')
+    fill = 'white' if column.startswith('oracle') else colour
+    return _shape('polygon', edge, f'fill="{fill}" stroke="{colour}" stroke-width="1.5"')
 
 # %% ../nbs/02_render.ipynb #a1c0de38
-def _columns(rows):
-    "The columns of rows in order, with what a legend says of each."
-    names = dict.fromkeys(r['column'] for r in rows)
-    return {c: c + ' (uses the labels)' * c.startswith('oracle') for c in names}
+def _named(column):
+    "What a legend says of a column."
+    return f'{column} (uses the labels)' if column.startswith('oracle') else column
 
 def _counts(rows):
     "How many samples are behind each of the rows, as a text."
@@ -373,10 +423,11 @@ def _counts(rows):
 # %% ../nbs/02_render.ipynb #a1c0de51
 def _lanes(rows, runs, high):
     "Where the plot begins, px, and the names of runs on stripes `high` px each, as SVG."
-    names = runs
-    if ' to ' in _counts(rows):
+    names = list(runs)
+    if len({r['n'] for r in rows}) > 1:
         names = [f'{run}, {_counts([r for r in rows if r["run"] == run])}' for run in runs]
-    left, parts = 20 + max(map(_wide, names)), []
+    left = 20 + max(map(_wide, names))
+    parts = []
     for k, name in enumerate(names):
         size = f'width="{left + 320:.0f}" height="{high}"'
         fill = 'white' if k % 2 else '#f3f3f3'
@@ -384,13 +435,13 @@ def _lanes(rows, runs, high):
         parts.append(_label(left - 12, 28 + high * (k + .5), name, 'end'))
     return left, parts
 
-# %% ../nbs/02_render.ipynb #a1c0de52
+# %% ../nbs/02_render.ipynb #7d546030
 def _whisker(row, place, y, i):
     "A row's interval, its dot, and all of it in words for the mouse, as SVG."
     words = '{run}, {column}: {value:.3f} [{low:.3f}, {high:.3f}], n = {n}'.format(**row)
-    ends = [(place(row[key]), y) for key in ('low', 'high')]
-    dot = _dot(place(row['value']), y, i, row['column'].startswith('oracle'))
-    return [_line(ends, (_style(i)[0], 'none'), words), dot]
+    ends = [(place(row['low']), y), (place(row['high']), y)]
+    interval = _line(ends, _style(i)[0], title=words)
+    return [interval, _dot(place(row['value']), y, i, row['column'])]
 
 # %% ../nbs/02_render.ipynb #a1c0de39
 def dots(
@@ -402,24 +453,24 @@ def dots(
     "The values of runs as dots on a common axis, with their intervals."
     rows = [r for r in rows if r['metric'] == metric]
     if not rows: raise ValueError(f'no row of {metric}')
-    runs, columns = list(dict.fromkeys(r['run'] for r in rows)), _columns(rows)
+    runs = list(dict.fromkeys(r['run'] for r in rows))
+    columns = list(dict.fromkeys(r['column'] for r in rows))
     high = 8 + 9 * len(columns)
-    left, parts = _lanes(rows, runs, high)
-    ends = [v for r in rows for v in (r['low'], r['high'])]
-    ends += [] if reference is None else [reference]
-    place, ticks = _axis(ends, left, left + 320)
     bottom = 24 + high * len(runs)
-    parts += [_line([(x, 24), (x, bottom)], ('#ccc', 'none')) for x, _ in ticks]
-    parts += [_label(x, bottom + 15, text) for x, text in ticks]
+    left, parts = _lanes(rows, runs, high)
+    ends = [r[key] for r in rows for key in ('low', 'high')]
+    if reference is not None: ends.append(reference)
+    place, ticks = _axis(ends, left, left + 320)
+    def upright(x, *style): return _line([(x, 24), (x, bottom)], *style)
+    for x, text in ticks: parts += [upright(x, '#ccc'), _label(x, bottom + 15, text)]
     parts.append(_label(left + 160, bottom + 33, f'{metric}, 95 % interval, {_counts(rows)}'))
     if reference is not None:
         x = place(reference)
-        parts += [_line([(x, 24), (x, bottom)], ('#222', '4 3')), _label(x, 16, note)]
-    order = list(columns)
+        parts += [upright(x, '#222', '4 3'), _label(x, 16, note)]
     for row in rows:
-        i = order.index(row['column'])
-        y = 24 + high * runs.index(row['run']) + 8.5 + 9 * i
+        i = columns.index(row['column'])
+        y = 32.5 + high * runs.index(row['run']) + 9 * i
         parts += _whisker(row, place, y, i)
-    def sample(i, x, y): return _dot(x + 13, y, i, order[i].startswith('oracle'))
-    legend, width, end = _legend(columns.values(), left + 330, sample)
+    def sample(i, x, y): return _dot(x + 13, y, i, columns[i])
+    legend, width, end = _legend(map(_named, columns), left + 330, sample)
     return _chart(left + 334 + width, max(bottom + 40, end), parts + legend)

@@ -16,33 +16,59 @@ from .core import Sample, rng
 
 # %% ../nbs/03_scenes.ipynb #e5cf424c
 SIDE = 128  # of a picture, px
+_RAMP = np.linspace(-1, 1, SIDE)  # along a side
 DIALECTS = ('g', 'adv', 'l4')
 COLORS = dict(
-    red=(215, 45, 45), orange=(240, 140, 25), yellow=(240, 220, 50), green=(45, 150, 60),
-    blue=(45, 90, 215), purple=(145, 60, 185), black=(28, 28, 28), white=(250, 250, 250))
-RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, px
+    red=(215, 45, 45),
+    orange=(240, 140, 25),
+    yellow=(240, 220, 50),
+    green=(45, 150, 60),
+    blue=(45, 90, 215),
+    purple=(145, 60, 185),
+    black=(28, 28, 28),
+    white=(250, 250, 250))
+RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
+_PARTS = 'size', 'pattern', 'color', 'kind'  # of a description, in the order of English
 _UNSAID = 'medium', 'plain'  # what a sentence does not mention
 
+# %% ../nbs/03_scenes.ipynb #90f4706a
 def _ngon(n, turn=0., inner=1.):
     "Corners of a regular polygon, every second one at `inner` of the radius, (n, 2)."
-    angle, radius = np.arange(n) * 2 * np.pi / n + turn, np.where(np.arange(n) % 2, inner, 1.)
+    angle = np.arange(n) * 2 * np.pi / n + turn
+    radius = np.where(np.arange(n) % 2, inner, 1.)
     return np.stack([np.sin(angle) * radius, -np.cos(angle) * radius], 1)
 
-_T, _DISC, _A = np.linspace(0, 2 * np.pi, 28, endpoint=False), _ngon(28), .36
-_HEART = -13 * np.cos(_T) + 5 * np.cos(2 * _T) + 2 * np.cos(3 * _T) + np.cos(4 * _T)
+def _heart(t):
+    "Points of a heart at the angles `t`, (n, 2)."
+    x = 16 * np.sin(t) ** 3
+    y = (-13 * np.cos(t) + 5 * np.cos(2 * t)
+         + 2 * np.cos(3 * t) + np.cos(4 * t))
+    return np.stack([x, y], 1)
 
-# %% ../nbs/03_scenes.ipynb #90f4706a
+# %% ../nbs/03_scenes.ipynb #2d85653d
+def _points(text):
+    "Corners (x, y) as an SVG lists them, (n, 2)."
+    return np.array([corner.split(',') for corner in text.split()], float)
+
+_DISC = _ngon(28)
 _CORNERS = dict(
-    circle=_DISC, square=[(-1, -1), (1, -1), (1, 1), (-1, 1)], triangle=[(0, -1), (1, 1), (-1, 1)],
-    diamond=_ngon(4), star=_ngon(10, inner=.42), hexagon=_ngon(6, np.pi / 6),
-    cross=[(-_A, -1), (_A, -1), (_A, -_A), (1, -_A), (1, _A), (_A, _A),
-           (_A, 1), (-_A, 1), (-_A, _A), (-1, _A), (-1, -_A), (-_A, -_A)],
-    ring=np.concatenate([_DISC, _DISC[:1], _DISC[:1] * .5, _DISC[::-1] * .5]),
-    heart=np.stack([16 * np.sin(_T) ** 3, _HEART], 1),
-    moon=np.concatenate([_DISC[2:27], (_DISC * .8 + (0, -.42))[26:2:-1]]),
-    arrow=[(-1, -.4), (.1, -.4), (.1, -1), (1, 0), (.1, 1), (.1, .4), (-1, .4)],
-    house=[(0, -1), (1, -.1), (.75, -.1), (.75, 1), (-.75, 1), (-.75, -.1), (-1, -.1)])
-_OUTLINES = {k: (p - np.min(p, 0)) / np.ptp(p, 0) * 2 - 1 for k, p in _CORNERS.items()}
+    circle=_DISC,
+    square=_points('-1,-1 1,-1 1,1 -1,1'),
+    triangle=_points('0,-1 1,1 -1,1'),
+    diamond=_ngon(4),
+    star=_ngon(10, inner=.42),
+    hexagon=_ngon(6, np.pi / 6),
+    cross=_points('-.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 '
+                  '.36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36'),
+    ring=np.concatenate([
+        _DISC, _DISC[:1], _DISC[:1] * .5, _DISC[::-1] * .5]),
+    heart=_heart(np.linspace(0, 2 * np.pi, 28, endpoint=False)),
+    moon=np.concatenate([
+        _DISC[2:27], (_DISC * .8 + (0, -.42))[26:2:-1]]),
+    arrow=_points('-1,-.4 .1,-.4 .1,-1 1,0 .1,1 .1,.4 -1,.4'),
+    house=_points('0,-1 1,-.1 .75,-.1 .75,1 -.75,1 -.75,-.1 -1,-.1'))
+_OUTLINES = {kind: (corners - corners.min(0)) / np.ptp(corners, 0) * 2 - 1
+             for kind, corners in _CORNERS.items()}
 KINDS = tuple(_OUTLINES)
 COMMON = KINDS[:8]  # all that g and adv draw
 
@@ -60,209 +86,309 @@ class Thing:
     h: float            # half its height, px
     box: tuple = None   # of its visible pixels, (x0, y0, x1, y1), px; None before it is painted
     seen: float = 1.    # visible share of its pixels, fraction
-    center = property(lambda t: ((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2))
-    area = property(lambda t: (t.box[2] - t.box[0]) * (t.box[3] - t.box[1]))
+
+    @property
+    def center(self):
+        "Of its box, (x, y), px."
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def area(self):
+        "Of its box, square px."
+        x0, y0, x1, y1 = self.box
+        return (x1 - x0) * (y1 - y0)
 
 # %% ../nbs/03_scenes.ipynb #bd950f9f
 def _ground(rng):
     "An empty picture, (H, W, 3)."
     base = rng.uniform(135, 205) + rng.uniform(-14, 14, 3)
-    style, ramp = rng.integers(4), np.linspace(-1, 1, SIDE)
+    style = rng.integers(4)
     pixels = np.full((SIDE, SIDE, 3), base)
     if style == 1:
-        pixels += (ramp[:, None] * rng.uniform(-20, 20) + ramp * rng.uniform(-20, 20))[..., None]
+        down = _RAMP[:, None] * rng.uniform(-20, 20)
+        pixels += (down + _RAMP * rng.uniform(-20, 20))[..., None]
     if style == 2:
-        pixels += rng.normal(0, 9, (SIDE // 4, SIDE // 4, 1)).repeat(4, 0).repeat(4, 1)
+        noise = rng.normal(0, 9, (SIDE // 4, SIDE // 4, 1))
+        pixels += noise.repeat(4, 0).repeat(4, 1)
     if style == 3:
-        wave = np.sin(ramp * rng.uniform(8, 30))
-        pixels += (wave[:, None] if rng.random() < .5 else wave[:, None, None]) * 8
+        wave = np.sin(_RAMP * rng.uniform(8, 30))[:, None] * 8
+        pixels += wave if rng.random() < .5 else wave[:, None]
     return pixels.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_scenes.ipynb #c7d74d1b
 _ROW, _COL = np.mgrid[:SIDE, :SIDE]
-_MARKS = dict(plain=_ROW < 0, striped=(_ROW + _COL) % 6 < 3, dotted=(_ROW % 5 < 2) & (_COL % 5 < 2))
+_MARKS = dict(
+    plain=_ROW < 0,
+    striped=(_ROW + _COL) % 6 < 3,
+    dotted=(_ROW % 5 < 2) & (_COL % 5 < 2))
 PATTERNS = tuple(_MARKS)
 
 def _mask(thing):
     "The pixels that a thing would cover alone, (H, W)."
     corners = _OUTLINES[thing.kind] * (thing.w, thing.h) + (thing.x, thing.y)
     mask = Image.new('1', (SIDE, SIDE))
-    ImageDraw.Draw(mask).polygon([tuple(p) for p in corners.round().tolist()], fill=1)
+    ImageDraw.Draw(mask).polygon(corners.round().ravel().tolist(), fill=1)
     return np.asarray(mask)
 
 # %% ../nbs/03_scenes.ipynb #d5cbc11d
-def paint(things, rng):  # Things, back to front; random generator of the ground and of shades
-    "(PIL image, owner's index of each pixel (H, W), Things with box and seen); None if one hides."
-    pixels, owner = _ground(rng), np.full((SIDE, SIDE), -1, np.int8)
-    for i, (thing, mask) in enumerate(zip(things, masks := [*map(_mask, things)])):
+def paint(
+    things,     # Things, back to front
+    rng,        # random generator of the ground and of shades
+):              # (PIL image, owner's index of each pixel (H, W), Things with box and seen)
+    "The picture of some things; None if one of them cannot be seen at all."
+    pixels = _ground(rng)
+    owner = np.full((SIDE, SIDE), -1, np.int8)
+    masks = [_mask(thing) for thing in things]
+    for i, thing in enumerate(things):
         color = np.array(COLORS[thing.color]) + rng.integers(-9, 10, 3)
-        pixels[mask], owner[mask] = color.clip(0, 255), i
         mark = color * .5 if color.mean() > 70 else color + 110
-        pixels[mask & _MARKS[thing.pattern]] = mark.clip(0, 255)
-    left = [owner == i for i in range(len(things))]
-    done = (replace(t, box=Image.fromarray(m).getbbox(), seen=float(m.sum() / n.sum()))
-            for t, m, n in zip(things, left, masks))
-    return (Image.fromarray(pixels), owner, tuple(done)) if all(m.any() for m in left) else None
+        pixels[masks[i]] = color.clip(0, 255)
+        pixels[masks[i] & _MARKS[thing.pattern]] = mark.clip(0, 255)
+        owner[masks[i]] = i
+    done = []
+    for i, thing in enumerate(things):
+        left = owner == i
+        if not left.any(): return None
+        box = Image.fromarray(left).getbbox()
+        seen = float(left.sum() / masks[i].sum())
+        done.append(replace(thing, box=box, seen=seen))
+    return Image.fromarray(pixels), owner, tuple(done)
 
 # %% ../nbs/03_scenes.ipynb #86906bb9
 N_THINGS = dict(g=(2, 6), adv=(3, 7), l4=(3, 8))  # fewest, most
-SIZE_ODDS = dict(g=(.16, .44, .40), adv=(.16, .46, .38), l4=(.30, .40, .30))  # as RADII
-PATTERN_ODDS = .6, .2, .2  # as PATTERNS
-OVERLAP, SEEN = .2, .6  # most that two things share of the smaller frame; least visible share
-MARGIN = .06            # what differs by less is too close to call, fraction of the side
+SIZE_ODDS = dict(  # as RADII
+    g=(.16, .44, .40),
+    adv=(.16, .46, .38),
+    l4=(.30, .40, .30))
+PATTERN_ODDS = .6, .2, .2   # as PATTERNS
+OVERLAP = .2                # most that two things share of the smaller frame
+SEEN = .6                   # least visible share of a thing
+MARGIN = .06                # what differs by less is too close to call, fraction of the side
 
 # %% ../nbs/03_scenes.ipynb #f2b30fce
 def _overlap(a, b):
     "What two things share of the smaller frame, fraction."
     w = min(a.x + a.w, b.x + b.w) - max(a.x - a.w, b.x - b.w)
     h = min(a.y + a.h, b.y + b.h) - max(a.y - a.h, b.y - b.h)
-    return max(w, 0) * max(h, 0) / (4 * min(a.w * a.h, b.w * b.h))
+    smaller = 4 * min(a.w * a.h, b.w * b.h)
+    return max(w, 0) * max(h, 0) / smaller
 
-def _place(look, things, rng):
-    "A list of the one new thing; empty where 12 tries find no room for it."
+# %% ../nbs/03_scenes.ipynb #4b5eb9b6
+def _place(kind, color, pattern, size, things, rng):
+    "A new thing where there is room for it; None if 12 tries find none."
+    low, high = RADII[size]
     for _ in range(12):
-        r, stretch = rng.uniform(*RADII[look[-1]]), rng.uniform(-.12, .12)
-        w, h = r * (1 + stretch), r * (1 - stretch)
-        x, y = rng.uniform(w + 1, SIDE - w - 1), rng.uniform(h + 1, SIDE - h - 1)
-        thing = Thing(*look, x, y, w, h)
-        if all(_overlap(thing, other) < OVERLAP for other in things): return [thing]
-    return []
+        radius = rng.uniform(low, high)
+        stretch = rng.uniform(-.12, .12)
+        w = radius * (1 + stretch)
+        h = radius * (1 - stretch)
+        x = rng.uniform(w + 1, SIDE - w - 1)
+        y = rng.uniform(h + 1, SIDE - h - 1)
+        thing = Thing(kind, color, pattern, size, x, y, w, h)
+        if all(_overlap(thing, other) < OVERLAP for other in things): return thing
+    return None
 
 # %% ../nbs/03_scenes.ipynb #43b4b203
-def arrange(dialect, rng)->list:  # of Things, back to front, not painted yet
-    "Choose and place the things of a scene; `rng` is a random generator."
+def _pick(rng, options):
+    "One of the options; of a dict, one of its keys."
+    return list(options)[rng.integers(len(options))]
+
+def arrange(
+    dialect,    # one of DIALECTS
+    rng,        # random generator
+)->list:        # of Things, back to front, not painted yet
+    "Choose and place the things of a scene."
     low, high = N_THINGS[dialect]
-    n, things = int(rng.integers(low, high + 1)), []
+    n = rng.integers(low, high + 1)
     kinds = rng.permutation(KINDS)[:3].tolist() if dialect == 'l4' else COMMON
     rival = _pick(rng, kinds)
-    rivals = int(rng.integers(2, 4)) if dialect == 'adv' else 0  # so many are of one kind
+    rivals = rng.integers(2, 4) if dialect == 'adv' else 0  # so many are of one kind
+    things = []
     for i in range(n):
         kind = rival if i < rivals else _pick(rng, kinds)
-        size = tuple(RADII)[rng.choice(3, p=SIZE_ODDS[dialect])]
-        color, pattern = _pick(rng, tuple(COLORS)), PATTERNS[rng.choice(3, p=PATTERN_ODDS)]
-        things += _place((kind, color, pattern, size), things, rng)
+        size = list(RADII)[rng.choice(3, p=SIZE_ODDS[dialect])]
+        color = _pick(rng, COLORS)
+        pattern = PATTERNS[rng.choice(3, p=PATTERN_ODDS)]
+        thing = _place(kind, color, pattern, size, things, rng)
+        if thing is not None: things.append(thing)
     return [things[i] for i in rng.permutation(len(things))]
-
-def _pick(rng, options): return options[int(rng.integers(len(options)))]
 
 # %% ../nbs/03_scenes.ipynb #6daeeebc
 def _sure(distance, margin=MARGIN):
     "Whether a distance (px) is positive; None if that is too close to call."
     return None if abs(distance) <= margin * SIDE else distance > 0
 
+# %% ../nbs/03_scenes.ipynb #b1c94b82
 def _only(things, *tests):
     "The thing that all tests are sure of while each other fails one; None if there is none."
     left = [o for o in things if False not in [test(o) for test in tests]]
-    return left[0] if len(left) == 1 and all(test(left[0]) for test in tests) else None
+    if len(left) != 1: return None
+    return left[0] if all(test(left[0]) for test in tests) else None
 
 def _first(things, key, margin=MARGIN * SIDE, rank=0):
-    "The thing of a rank by `key`; None if it has a neighbour within `margin`, or none at all."
+    "The thing of a rank by `key`; None if another is within `margin` of it, or there is no other."
     order = sorted(things, key=key)
-    near = [key(o) for o in order[max(rank - 1, 0):rank] + order[rank + 1:rank + 2]]
-    clear = len(order) > max(rank, 1) and min(abs(k - key(order[rank])) for k in near) >= margin
-    return order[rank] if clear else None
+    if len(order) <= max(rank, 1): return None
+    place = key(order[rank])
+    gaps = [abs(key(o) - place) for o in order if o is not order[rank]]
+    return order[rank] if min(gaps) >= margin else None
 
 # %% ../nbs/03_scenes.ipynb #8bca865f
-def describe(thing, parts=('size', 'pattern', 'color', 'kind'))->str:  # "small striped red star"
+def describe(
+    thing,          # a Thing
+    parts=_PARTS,   # which of its attributes may be said
+)->str:             # such as "small striped red star"
     "Some attributes of a thing in words; without its kind it is an \"object\"."
-    words = [getattr(thing, p) for p in parts] + ['object'] * ('kind' not in parts)
-    return ' '.join(w for w in words if w not in _UNSAID)
+    words = [getattr(thing, part) for part in parts]
+    if 'kind' not in parts: words.append('object')
+    return ' '.join(word for word in words if word not in _UNSAID)
 
-def _has(thing, parts):
+# %% ../nbs/03_scenes.ipynb #d5f92158
+def _has(thing, parts=_PARTS):
     "The test that a description makes of other things."
-    said = {p: getattr(thing, p) for p in parts if getattr(thing, p) not in _UNSAID}
-    return lambda other: all(getattr(other, p) == v for p, v in said.items())
+    said = [part for part in parts if getattr(thing, part) not in _UNSAID]
+    return lambda other: all(getattr(other, part) == getattr(thing, part) for part in said)
 
-def name_of(thing, things)->str:  # or None, where it has a twin
+def name_of(
+    thing,      # a Thing
+    things,     # all Things of its scene
+)->str:         # or None, where it has a twin
     "The shortest description that is true of this thing alone."
     for more in ((), ('pattern',), ('size',), ('size', 'pattern')):
         parts = (*more, 'color', 'kind')
         if _only(things, _has(thing, parts)) is thing: return describe(thing, parts)
+    return None
 
 # %% ../nbs/03_scenes.ipynb #666f0b55
-RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
-_LEFT, _TOP = (lambda o, a=a: _sure(.44 * SIDE - o.center[a]) for a in (0, 1))
-_RIGHT, _BOTTOM = (lambda o, a=a: _sure(o.center[a] - .56 * SIDE) for a in (0, 1))
-_MIDDLE = lambda o: _sure(.17 * SIDE - max(abs(v - SIDE / 2) for v in o.center), .05)
-PLACES = {
-    'on the left': [_LEFT], 'on the right': [_RIGHT],
-    'at the top': [_TOP], 'at the bottom': [_BOTTOM],
-    'in the top left corner': [_TOP, _LEFT], 'in the top right corner': [_TOP, _RIGHT],
-    'in the bottom left corner': [_BOTTOM, _LEFT], 'in the bottom right corner': [_BOTTOM, _RIGHT],
-    'in the middle': [_MIDDLE]}
+def _left(o): return _sure(.44 * SIDE - o.center[0])
+def _right(o): return _sure(o.center[0] - .56 * SIDE)
+def _top(o): return _sure(.44 * SIDE - o.center[1])
+def _bottom(o): return _sure(o.center[1] - .56 * SIDE)
+def _middle(o):
+    off = max(abs(v - SIDE / 2) for v in o.center)
+    return _sure(.17 * SIDE - off, .05)
 
-def _stands(relation, other):
-    "The test whether a thing is, say, left of another."
+# %% ../nbs/03_scenes.ipynb #4edbcef5
+PLACES = {
+    'on the left': [_left],
+    'on the right': [_right],
+    'at the top': [_top],
+    'at the bottom': [_bottom],
+    'in the top left corner': [_top, _left],
+    'in the top right corner': [_top, _right],
+    'in the bottom left corner': [_bottom, _left],
+    'in the bottom right corner': [_bottom, _right],
+    'in the middle': [_middle]}
+RELATIONS = {   # axis, sign
+    'left of': (0, -1),
+    'right of': (0, 1),
+    'above': (1, -1),
+    'below': (1, 1)}
+
+# %% ../nbs/03_scenes.ipynb #94277479
+def _stands(relation, mark):
+    "The test whether a thing is, say, left of a landmark."
     axis, sign = RELATIONS[relation]
-    return lambda o: o is not other and _sure(sign * (o.center[axis] - other.center[axis]))
+    return lambda o: o is not mark and _sure(sign * (o.center[axis] - mark.center[axis]))
 
 # %% ../nbs/03_scenes.ipynb #e7d71f03
 def _ask_g(thing, things, rng):
-    text, style = f'the {describe(thing)}', rng.integers(3)
-    tests = [_has(thing, ('size', 'pattern', 'color', 'kind'))]
+    "Every attribute, then a place, a relation or both."
+    text = f'the {describe(thing)}'
+    tests = [_has(thing)]
+    style = rng.integers(3)
     if style != 0:
-        place = _pick(rng, tuple(PLACES))
-        text, tests = f'{text} {place}', tests + PLACES[place]
+        place = _pick(rng, PLACES)
+        text += f' {place}'
+        tests += PLACES[place]
     if style != 1:
-        other = _pick(rng, [o for o in things if o is not thing])
-        name = name_of(other, things)
-        relation = _pick(rng, tuple(RELATIONS))
+        mark = _pick(rng, [o for o in things if o is not thing])
+        name = name_of(mark, things)
+        relation = _pick(rng, RELATIONS)
         if name is None: return text, None
-        text, tests = f'{text} that is {relation} the {name}', tests + [_stands(relation, other)]
+        text += f' that is {relation} the {name}'
+        tests.append(_stands(relation, mark))
     return text, _only(things, *tests)
 
 # %% ../nbs/03_scenes.ipynb #46eefe93
+def _by_mark(style, same, relation, mark, name):
+    "What a sentence says of one of the same kind by a landmark, and the thing that it means."
+    if name is None: return '', None
+    rest = [o for o in same if o is not mark]
+    stands = _stands(relation, mark)
+    if style < 2: return f'{relation} the {name}', _only(rest, stands)
+    if style == 2:
+        denied = {True: False, False: True, None: None}
+        said = f'that is not {relation} the {name}'
+        return said, _only(rest, lambda o: denied[stands(o)])
+    return f'closest to the {name}', _first(rest, lambda o: math.dist(o.center, mark.center))
+
+# %% ../nbs/03_scenes.ipynb #5ff98282
+def _by_denial(style, same, rival, colors):
+    "What a sentence says of one of the same kind by what it is not, and the thing that it means."
+    if style == 4:
+        return f'that is not {rival.color}', _only(same, lambda o: o.color != rival.color)
+    if style == 5 and len(colors) == 2:
+        said = f'that is neither {colors[0]} nor {colors[1]}'
+        return said, _only(same, lambda o: o.color not in colors)
+    if style == 6 and rival.pattern != 'plain':
+        return f'that is not {rival.pattern}', _only(same, lambda o: o.pattern != rival.pattern)
+    return '', None
+
+# %% ../nbs/03_scenes.ipynb #7c5529c5
 def _ask_adv(thing, things, rng):
-    style, same = int(rng.integers(8)), [o for o in things if o.kind == thing.kind]
+    "One of several things of a kind."
+    style = rng.integers(8)
+    same = [o for o in things if o.kind == thing.kind]
     rivals = [o for o in same if o is not thing]
     if not rivals: return '', None
-    other = _pick(rng, [o for o in things if o is not thing])
-    name = name_of(other, things)
-    relation, rival = _pick(rng, tuple(RELATIONS)), _pick(rng, rivals)
-    stands, rest = _stands(relation, other), [o for o in same if o is not other]
-    text, colors = f'the {thing.kind}', sorted({o.color for o in rivals})[:2]
-    if style < 4 and name is None: return text, None
-    if style < 2: return f'{text} {relation} the {name}', _only(rest, stands)
-    if style == 2:
-        not_stands = lambda o: {True: False, False: True}.get(stands(o))
-        return f'{text} that is not {relation} the {name}', _only(rest, not_stands)
-    if style == 3:
-        away = lambda o: math.dist(o.center, other.center)
-        return f'{text} closest to the {name}', _first(rest, away)
-    if style == 4:
-        return f'{text} that is not {rival.color}', _only(same, lambda o: o.color != rival.color)
-    if style == 5 and len(colors) == 2:
-        text += f' that is neither {colors[0]} nor {colors[1]}'
-        return text, _only(same, lambda o: o.color not in colors)
-    if style == 6 and rival.pattern != 'plain':
-        text += f' that is not {rival.pattern}'
-        return text, _only(same, lambda o: o.pattern != rival.pattern)
-    alike = [o for o in things if o.color == thing.color and o is not thing]
-    if style < 7 or not alike: return text, None
-    wrong = _pick(rng, alike).kind
-    text = f'the {thing.color} object that is not a {wrong}'
-    return text, _only([thing, *alike], lambda o: o.kind != wrong)
+    mark = _pick(rng, [o for o in things if o is not thing])
+    name = name_of(mark, things)
+    relation = _pick(rng, RELATIONS)
+    rival = _pick(rng, rivals)
+    if style == 7:
+        alike = [o for o in things if o.color == thing.color]
+        if len(alike) < 2: return '', None
+        wrong = _pick(rng, [o for o in alike if o is not thing]).kind
+        text = f'the {thing.color} object that is not a {wrong}'
+        return text, _only(alike, lambda o: o.kind != wrong)
+    if style < 4:
+        said, meant = _by_mark(style, same, relation, mark, name)
+    else:
+        colors = sorted({o.color for o in rivals})[:2]
+        said, meant = _by_denial(style, same, rival, colors)
+    return f'the {thing.kind} {said}', meant
+
+# %% ../nbs/03_scenes.ipynb #967b74e0
+_SIDES = dict(  # word, axis, sign
+    left=('leftmost', 0, 1),
+    right=('rightmost', 0, -1),
+    top=('top', 1, 1),
+    bottom=('bottom', 1, -1))
 
 # %% ../nbs/03_scenes.ipynb #ae439cb5
-_SIDES = dict(left=('leftmost', 0, 1), right=('rightmost', 0, -1),
-              top=('top', 1, 1), bottom=('bottom', 1, -1))  # word, axis, sign
-
 def _ask_l4(thing, things, rng):
-    parts = _pick(rng, (('kind',), ('color', 'kind'), ('color',), ()))
-    style, name = int(rng.integers(5)), describe(thing, parts)
-    group, side = [o for o in things if _has(thing, parts)(o)], _pick(rng, tuple(_SIDES))
+    "A place, a rank or a size among the things of a plain name."
+    parts = _pick(rng, [('kind',), ('color', 'kind'), ('color',), ()])
+    style = rng.integers(5)
+    side = _pick(rng, _SIDES)
+    name = describe(thing, parts)
+    group = [o for o in things if _has(thing, parts)(o)]
     word, axis, sign = _SIDES[side]
-    along = lambda o: sign * o.center[axis]
+    def along(o): return sign * o.center[axis]
     if style == 0: return f'the {word} {name}', _first(group, along)
     if style == 1 and len(group) > 2:
         return f'the second {name} from the {side}', _first(group, along, rank=1)
     if style == 2:
-        word, sign = _pick(rng, (('largest', -1), ('smallest', 1)))
-        return f'the {word} {name}', _first(group, lambda o: sign * math.log(o.area), math.log(1.3))
+        word, order = _pick(rng, [('largest', -1), ('smallest', 1)])
+        def size(o): return order * math.log(o.area)
+        return f'the {word} {name}', _first(group, size, math.log(1.3))
     if style == 3:
-        place = _pick(rng, tuple(PLACES))
+        place = _pick(rng, PLACES)
         return f'the {name} {place}', _only(group, *PLACES[place])
-    return f'the {name}', _only(group if parts and style == 4 else [])
+    if style == 4 and parts: return f'the {name}', _only(group)
+    return '', None
 
 # %% ../nbs/03_scenes.ipynb #b2ea18bb
 def draw_scene(
@@ -274,23 +400,31 @@ def draw_scene(
     "Draw until a scene shows enough of each thing and has sentences that single one out."
     ask = dict(g=_ask_g, adv=_ask_adv, l4=_ask_l4)[dialect]
     while True:
-        painted, asked = paint(arrange(dialect, rng), rng), {}
+        painted = paint(arrange(dialect, rng), rng)
         if painted is None: continue
         image, owners, things = painted
         if len(things) < 2 or min(o.seen for o in things) < SEEN: continue
+        asked = {}
         for _ in range(8 * questions):
             i = int(rng.integers(len(things)))
             text, meant = ask(things[i], things, rng)
             if meant is things[i]: asked.setdefault(text, i)
             if len(asked) == questions:
-                return (image, *[owners] * owner, things, list(asked.items()))
+                found = list(asked.items())
+                return (image, owners, things, found) if owner else (image, things, found)
 
 # %% ../nbs/03_scenes.ipynb #1a88716b
-def draw_sample(id, i, *keys)->Sample:  # its number tells the dialect, and with `keys` the seed
+def draw_sample(
+    id,         # of the Sample
+    i,          # its number: tells the dialect, and with `keys` the seed
+    *keys,      # names of the seed, strings and ints
+)->Sample:      # its image is a PIL image of SIDE x SIDE px
     "A scene, a question; meta: boxes of all things (permille), target (index), size, area, seen."
     dialect = DIALECTS[i % 3]
-    image, things, [(text, target)] = draw_scene(dialect, rng(*keys, i))
-    boxes, thing = [to_permille(t.box, SIDE, SIDE) for t in things], things[target]
+    image, things, asked = draw_scene(dialect, rng(*keys, i))
+    text, target = asked[0]
+    thing = things[target]
+    boxes = [to_permille(t.box, SIDE, SIDE) for t in things]
     meta = dict(boxes=boxes, target=target, size=thing.size, area=thing.area / SIDE**2,
                 seen=thing.seen)
     return Sample(id, dialect, text, boxes[target], image, meta)
@@ -298,11 +432,15 @@ def draw_sample(id, i, *keys)->Sample:  # its number tells the dialect, and with
 # %% ../nbs/03_scenes.ipynb #04583774
 SIZES = dict(train=2400, val=510, test=505, confirm=505)
 
-def split(name, n=None)->list:  # one of SIZES; only the first n
-    "The Samples of a split of the benchmark; raises ValueError on an unknown name."
+def split(
+    name,       # one of SIZES
+    n=None,     # only the first n
+)->list:        # of Samples; ValueError on an unknown name
+    "The samples of a split of the benchmark."
     if name not in SIZES: raise ValueError(f'no split {name!r}: choose from {", ".join(SIZES)}')
     return [draw_sample(f'{name}-{i:04d}', i, 'scene', name) for i in range(SIZES[name])[:n]]
 
+# %% ../nbs/03_scenes.ipynb #bc7bc553
 def thread():
     "The sample that is carried through all notebooks."
     return split('val', 5)[4]

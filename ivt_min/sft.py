@@ -6,6 +6,7 @@
 __all__ = ['PAPER', 'SFT', 'Row', 'make_row', 'sft_loss', 'train_sft']
 
 # %% ../nbs/11_sft.ipynb #f9980297
+import math
 from dataclasses import asdict, dataclass, replace
 from .core import rng
 from .boxes import format_box
@@ -35,8 +36,9 @@ class SFT:
     every: int = 100        # updates between checkpoints
     seed: int = 0           # of the adapter's first weights, and of the order
 
-PAPER = SFT(Loop(steps=2, max_tokens=128), nf4=True, rank=64, alpha=128, lr=1e-4, warmup=10,
-            batch=16, micro=1, steps=175, every=25)     # all but T, NF4 and rank is ours
+PAPER = SFT(    # all but T, NF4 and rank is ours
+    Loop(steps=2, max_tokens=128), nf4=True, rank=64, alpha=128,
+    lr=1e-4, warmup=10, batch=16, micro=1, steps=175, every=25)
 
 # %% ../nbs/11_sft.ipynb #e2633246
 @dataclass(frozen=True)
@@ -46,32 +48,53 @@ class Row:
     mask: tuple         # L numbers, 1 where the id is learned
 
 # %% ../nbs/11_sft.ipynb #543c432a
+def _turns(vlm, s, sample, trace):
+    "What a trace says, a turn a step; without one, what the sample is answered at once."
+    words, boxes = [''], [sample.truth]
+    if trace is not None:
+        words += [f'{text}\n' if s.reasoning else '' for text in trace['texts']]
+        boxes = [trace['box'], *trace['targets']]
+    turns = []
+    for text, box in zip(words, map(format_box, boxes)):
+        ids = *encode(vlm, text), *encode(vlm, box)     # apart, so that a box has its own ids
+        turns.append(Turn(ids, (), text + box, end='box'))
+    return turns
+
+# %% ../nbs/11_sft.ipynb #b2eb807b
 def _as_said(turn, box):
     "Whether the loop ends a turn at its end and nowhere before, and reads the box that it names."
     text = turn.text
     ends = [k for k in range(1, len(text) + 1) if closed(text[:k])]
-    return ends == [len(text)] and text.endswith(format_box(box or (0,) * 4))
+    return ends == [len(text)] and box is not None and text.endswith(format_box(box))
 
 # %% ../nbs/11_sft.ipynb #61202b3a
-def make_row(vlm, s, sample, trace=None)->Row:  # SFT; of write_traces, None is single-shot
-    "A trace as the loop has it, all after its first answer learned; ValueError where it is cut."
-    first, *rest = [trace['box'], *trace['targets']] if trace else [sample.truth]
-    words = ['', *(f'{t}\n' * s.reasoning for t in trace['texts'])] if trace else ['']
-    told = [*zip(words, map(format_box, (first, *rest)))]   # apart, so that a box has its own ids
-    said = [Turn((*encode(vlm, w), *encode(vlm, b)), (), w + b, end='box') for w, b in told]
-    policy = lambda episodes, memory: ([said[len(e.turns)] for e in episodes], None)
-    [e] = rollout(policy, [sample], replace(s.loop, steps=len(said) - 1))
-    for turn, box in zip(said, e.boxes):
+def make_row(
+    vlm,        # VLM
+    s,          # SFT
+    sample,     # core.Sample
+    trace=None, # of `write_traces`; None is single-shot
+)->Row:         # raises ValueError where the loop would cut or misread a turn
+    "A trace as the loop has it; all after its first answer is learned."
+    said = _turns(vlm, s, sample, trace)
+    def policy(episodes, memory): return [said[len(e.turns)] for e in episodes], None
+    [episode] = rollout(policy, [sample], replace(s.loop, steps=len(said) - 1))
+    for turn, box in zip(said, episode.boxes):
         if not _as_said(turn, box) or len(turn.ids) > s.loop.max_tokens:
             raise ValueError(f'{sample.id}: the loop would cut or misread {turn.text!r}')
-    whole = transcript(vlm, s.loop, e)
-    start = whole.mask.index(1) + bool(trace) * len(said[0].ids)
-    return Row(whole.dialogue, tuple(m * (i >= start) for i, m in enumerate(whole.mask)))
+    whole = transcript(vlm, s.loop, episode)
+    start = whole.mask.index(1)
+    if trace is not None: start += len(said[0].ids)     # the wrong first answer
+    return Row(whole.dialogue, (0,) * start + whole.mask[start:])
 
 # %% ../nbs/11_sft.ipynb #1ee399f5
-def sft_loss(vlm, rows, n):  # VLM, list of Row, learned ids of the whole update
+def sft_loss(
+    vlm,    # VLM
+    rows,   # list of Row, those of a forward
+    n,      # learned ids of the whole update
+):
     "Cross-entropy of the learned ids: their sum over the number of the whole update."
-    return -score(vlm, [r.dialogue for r in rows], [r.mask for r in rows]).sum() / n
+    logp = score(vlm, [row.dialogue for row in rows], [row.mask for row in rows])   # (N,)
+    return -logp.sum() / n
 
 # %% ../nbs/11_sft.ipynb #b2f26aa6
 def train_sft(
@@ -84,16 +107,18 @@ def train_sft(
     "Train an adapter; stopped anywhere, it goes on from its last checkpoint."
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
-    about = dict(s=asdict(s), base=fingerprint(vlm), lessons=told)
-    run, per = Run(params, s, folder, about), -(-len(lessons) // s.batch)
+    run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), lessons=told))
     for step in run:
-        order = rng('sft', s.seed, step // per).permutation(len(lessons))
-        part = [lessons[i] for i in order[step % per * s.batch:][:s.batch]]
-        rows = sorted((make_row(vlm, s, *x) for x in part), key=lambda r: len(r.mask))
-        n, total = sum(sum(r.mask) for r in rows), 0.
+        epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
+        order = rng('sft', s.seed, epoch).permutation(len(lessons))
+        batch = [lessons[i] for i in order[k * s.batch:(k + 1) * s.batch]]
+        rows = [make_row(vlm, s, sample, trace) for sample, trace in batch]
+        rows.sort(key=lambda row: len(row.mask))    # rows of like length share a forward
+        n = sum(sum(row.mask) for row in rows)
+        total = 0.
         for k in range(0, len(rows), s.micro):
             loss = sft_loss(vlm, rows[k:k + s.micro], n)
             loss.backward()
             total += loss.item()
-        run.note(ids=n, **run.move(total))
+        run.note(ids=n, **run.move(total))          # clip, step, log
     return run.log

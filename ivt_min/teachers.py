@@ -16,24 +16,37 @@ PROMPT = ('The red box {box} is a first answer to "{expression}"; a better one i
           ' x1, y1, 0 to 1000). Say in one or two sentences which edges of the red box must go '
           'left, right, up or down; if it is too wide, narrow, tall, short, or fits. No digits.')
 
-def words_for(look, prompt=PROMPT)->str:  # a Look; text with {expression}, {box}, {target}
+def words_for(
+    look,           # a Look
+    prompt=PROMPT,  # text with {expression}, {box}, {target}
+)->str:
     "What a model is told as a teacher."
-    said = lambda v: v if isinstance(v, str) else str([round(x) for x in v])
-    return re.sub(r'\{(expression|box|target)\}', lambda m: said(getattr(look, m[1])), prompt)
+    def said(match):
+        value = getattr(look, match[1])
+        return value if isinstance(value, str) else str([round(x) for x in value])
+    return re.sub(r'\{(expression|box|target)\}', said, prompt)
 
-def prompted_teacher(answers, prompt=PROMPT):   # function of (texts, pictures) -> a text for each
+# %% ../nbs/22_teachers.ipynb #30ae41a1
+def prompted_teacher(
+    answers,        # function of (texts, pictures) -> a text for each
+    prompt=PROMPT,  # as for `words_for`
+):                  # a teacher: function of a list of Looks -> a text for each
     "A teacher that is a model in this process."
-    return lambda looks: answers([words_for(x, prompt) for x in looks], [x.shown for x in looks])
+    def teacher(looks):
+        return answers([words_for(x, prompt) for x in looks], [x.shown for x in looks])
+    return teacher
 
 # %% ../nbs/22_teachers.ipynb #2d0f6912
 def _body(look, model, prompt):
     "A request in bytes."
-    look.shown.save(data := io.BytesIO(), 'PNG')
-    url = 'data:image/png;base64,' + base64.b64encode(data.getvalue()).decode()
+    png = io.BytesIO()
+    look.shown.save(png, 'PNG')
+    url = 'data:image/png;base64,' + base64.b64encode(png.getvalue()).decode()
     content = [dict(type='image_url', image_url=dict(url=url)),
                dict(type='text', text=words_for(look, prompt))]
-    return json.dumps(dict(model=model, temperature=0, max_tokens=200,
-                           messages=[dict(role='user', content=content)])).encode()
+    request = dict(model=model, temperature=0, max_tokens=200,
+                   messages=[dict(role='user', content=content)])
+    return json.dumps(request).encode()
 
 # %% ../nbs/22_teachers.ipynb #1cc93689
 def _post(url, body, key, timeout, tries):
@@ -41,16 +54,26 @@ def _post(url, body, key, timeout, tries):
     request = Request(url, body, {'Content-Type': 'application/json'})
     if key: request.add_unredirected_header('Authorization', f'Bearer {key}')
     for t in range(tries):
-        wait = .25 * 2**t
+        wait = .25 * 2**t   # s
         try:
-            with urlopen(request, timeout=timeout) as r: said = json.loads(r.read(10**6))
+            with urlopen(request, timeout=timeout) as answer:
+                said = json.loads(answer.read(10**6))
             return said['choices'][0]['message']['content'].strip().encode().decode()
         except HTTPError as e:
             if e.code < 500 and e.code not in (408, 429):
                 raise ValueError(f'{url}: {e.code} {e.reason}') from None
-            if (after := e.headers.get('Retry-After', '')).isdecimal(): wait = int(after)
+            asked = e.headers.get('Retry-After', '')
+            if asked.isdecimal(): wait = int(asked)
         except Exception: pass  # no answer, a torn one, one of another shape, half a character
         if t < tries - 1: time.sleep(min(60, wait))
+
+# %% ../nbs/22_teachers.ipynb #dce29968
+def _answered(cache):
+    "What the file of answers holds, key -> text; a torn last line is cut off."
+    data = open(cache, 'rb').read() if os.path.exists(cache) else b''
+    if not data: return {}
+    if not data.endswith(b'\n'): os.truncate(cache, data.rfind(b'\n') + 1)
+    return {row['key']: row['text'] for row in read_jsonl(cache)}
 
 # %% ../nbs/22_teachers.ipynb #876b3b53
 def served_teacher(
@@ -67,11 +90,9 @@ def served_teacher(
     if not re.fullmatch('https?://[!-~]+', url): raise ValueError(f'no http(s) URL: {url}')
     lock = threading.Lock()
     def teacher(looks):
-        data = open(cache, 'rb').read() if os.path.exists(cache) else b''
-        if not data.endswith(b'\n') and data: os.truncate(cache, data.rfind(b'\n') + 1)  # torn
-        known = {r['key']: r['text'] for r in read_jsonl(cache)} if data else {}
+        known = _answered(cache)
         names = [hashlib.sha256(_body(look, model, prompt)).hexdigest() for look in looks]
-        todo = {n: look for n, look in zip(names, looks) if n not in known}
+        todo = {name: look for name, look in zip(names, looks) if name not in known}
         def fetch(name):
             secret = os.environ.get(key, '').strip()
             text = _post(url, _body(todo[name], model, prompt), secret, timeout, tries)
@@ -80,7 +101,7 @@ def served_teacher(
             known[name] = text
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for job in as_completed([pool.submit(fetch, n) for n in todo]): job.result()
+                for job in as_completed([pool.submit(fetch, name) for name in todo]): job.result()
             finally: pool.shutdown(cancel_futures=True)
-        return [known.get(n) for n in names]
+        return [known.get(name) for name in names]
     return teacher

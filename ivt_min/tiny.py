@@ -18,47 +18,67 @@ def where(text)->str:  # an expression
     "The question that asks for a box."
     return f'Locate: {text}'
 
-def compare(a, b)->str:  # two Things
+# %% ../nbs/21_tiny.ipynb #7baf2c5e
+def compare(
+    a,      # a Thing
+    b,      # another one
+)->str:     # such as "further left, smaller"
     "How `a` lies to `b`, in words; 12 px or a factor of 1.5 in area count."
-    def word(d, less, more): return [less] if d > 12 else [more] if d < -12 else []
-    said = (word(b.center[0] - a.center[0], 'further left', 'further right')
-            + word(b.center[1] - a.center[1], 'higher', 'lower')
-            + word(math.log(b.area / a.area) * 30, 'smaller', 'larger'))
+    def word(gap, less, more):
+        if gap > 12: return [less]
+        return [more] if gap < -12 else []
+    said = word(b.center[0] - a.center[0], 'further left', 'further right')
+    said += word(b.center[1] - a.center[1], 'higher', 'lower')
+    said += word(math.log(b.area / a.area) * 30, 'smaller', 'larger')
     return ', '.join(said) or 'much the same'
 
-# %% ../nbs/21_tiny.ipynb #9b92e4e0
-def _permille(thing): return to_permille(thing.box, SIDE, SIDE)
-
-def _some_box(things, g):
-    "The box of one of the things, or just any box."
-    if g.random() >= .5: return _permille(things[g.integers(len(things))])
+# %% ../nbs/21_tiny.ipynb #c1b83758
+def _some_box(boxes, g):
+    "One of the boxes, or just any box."
+    if g.random() >= .5: return boxes[g.integers(len(boxes))]
     w, h = g.uniform(100, 600, 2)
-    x, y = g.uniform(0, 1000 - w), g.uniform(0, 1000 - h)
+    x = g.uniform(0, 1000 - w)
+    y = g.uniform(0, 1000 - h)
     return x, y, x + w, y + h
 
-def skill(name, g)->tuple:  # one of SKILLS, or 'ground'; random generator
-    "A dialogue that teaches a skill: pictures, and turns of (pictures shown, question, answer)."
-    image, things, asked = draw_scene(DIALECTS[g.integers(3)], g, 3 if name == 'several' else 1)
-    text, target = asked[0][0], things[asked[0][1]]
-    answer = format_box(_permille(target))
+def _comparison(things, g):
+    "The turn that compares two of the things; None where one has a twin, and so no name."
+    i, j = g.permutation(len(things))[:2]
+    first = name_of(things[i], things)
+    second = name_of(things[j], things)
+    if first is None or second is None: return None
+    return 1, f'Compare the {first} with the {second}', compare(things[i], things[j])
+
+# %% ../nbs/21_tiny.ipynb #9b92e4e0
+def skill(
+    name,   # one of SKILLS, or 'ground'
+    g,      # random generator
+)->tuple:   # pictures, and turns: (how many pictures it shows, question, answer)
+    "A dialogue that teaches a skill."
+    questions = 3 if name == 'several' else 1
+    image, things, asked = draw_scene(DIALECTS[g.integers(3)], g, questions)
+    boxes = [to_permille(thing.box, SIDE, SIDE) for thing in things]
+    text, target = asked[0]
+    ground = (1, where(text), format_box(boxes[target]))
     if name == 'marked':    # some box is drawn: anywhere, or around another thing
-        box = _some_box([t for t in things if t is not target], g)
-        return [draw_box(image, box)], [(1, where(text), answer)]
+        box = _some_box(boxes[:target] + boxes[target + 1:], g)
+        return [draw_box(image, box)], [ground]
     if name == 'read':
-        box = _some_box(things, g)
+        box = _some_box(boxes, g)
         return [draw_box(image, box)], [(1, 'Read the red box', format_box(box))]
     if name == 'name':
-        thing = things[g.integers(len(things))]
-        return [draw_box(image, _permille(thing))], [(1, 'Name the red box', describe(thing))]
+        i = g.integers(len(things))
+        return [draw_box(image, boxes[i])], [(1, 'Name the red box', describe(things[i]))]
     if name == 'compare':
-        a, b = (things[k] for k in g.permutation(len(things))[:2])
-        names = name_of(a, things), name_of(b, things)
-        if None in names: return skill(name, g)
-        return [image], [(1, f'Compare the {names[0]} with the {names[1]}', compare(a, b))]
+        turn = _comparison(things, g)
+        return ([image], [turn]) if turn else skill(name, g)
     if name == 'several':
-        return [image], [(int(k == 0), where(e), format_box(_permille(things[i])))
-                         for k, (e, i) in enumerate(asked)]
+        turns = [ground]
+        for other, i in asked[1:]:
+            turns.append((0, where(other), format_box(boxes[i])))
+        return [image], turns
     if name == 'two':
-        images, turns = skill(('ground', 'read', 'name', 'marked')[g.integers(4)], g)
-        return [image] + images, [(1, where(text), answer)] + turns
-    return [image], [(1, where(text), answer)]
+        other = ('ground', 'read', 'name', 'marked')[g.integers(4)]
+        images, turns = skill(other, g)
+        return [image, *images], [ground, *turns]
+    return [image], [ground]

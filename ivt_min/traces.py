@@ -6,6 +6,7 @@
 __all__ = ['STAY', 'fresh', 'errors_of', 'interpolate', 'Look', 'scripted_teacher', 'statements', 'check', 'write_traces']
 
 # %% ../nbs/09_traces.ipynb #936c0cc6
+import math
 import re
 from dataclasses import dataclass
 from .core import Sample, rng, settings_hash
@@ -18,13 +19,24 @@ def fresh(i)->Sample:   # number of the scene, from 0
     "A scene of the training kind that is in no split."
     return draw_sample(f'harvest-{i:05}', i, 'harvest')
 
-def errors_of(trajectories, most=.85)->list:  # of Trajectory, IoU of step 0 (fraction)
+# %% ../nbs/09_traces.ipynb #b7cc26ab
+def errors_of(
+    trajectories,   # list of Trajectory
+    most=.85,       # IoU of step 0 that still counts as an error, a fraction
+)->list:            # of Trajectory
     "Those whose first box is there and no better than `most`: the errors to teach from."
-    return [t for t in trajectories if t.boxes[0] and iou(t.boxes[0], t.truth) <= most]
+    return [t for t in trajectories
+            if t.boxes[0] and iou(t.boxes[0], t.truth) <= most]
 
-def interpolate(box, truth, steps)->list:   # the student's box, the truth (permille), T
+# %% ../nbs/09_traces.ipynb #2d7ed795
+def interpolate(
+    box,    # the student's, permille
+    truth,  # the true box, permille
+    steps,  # T
+)->list:    # of T boxes, the last of them the truth
     "The straight way from the student's box to the truth, one target a step."
-    return [tuple(a + (b - a) * t / steps for a, b in zip(box, truth)) for t in range(1, steps + 1)]
+    return [tuple(a + (b - a) * t / steps for a, b in zip(box, truth))
+            for t in range(1, steps + 1)]
 
 # %% ../nbs/09_traces.ipynb #c605dd0f
 @dataclass(frozen=True)
@@ -35,73 +47,144 @@ class Look:
     box: tuple          # current box, permille
     target: tuple       # the next one, permille
     key: tuple = ()     # names its randomness
-    shown = property(lambda look: draw_box(look.image, look.box))   # with the current box drawn
 
-STAY = 5    # an edge that moves by no more stays, permille
-_AXES = (('left edge', 'right edge', 'left', 'right', 'wide', 'narrow'),
-         ('top edge', 'bottom edge', 'up', 'down', 'tall', 'short'))
+    @property
+    def shown(self):
+        "The picture with the current box drawn."
+        return draw_box(self.image, self.box)
 
 # %% ../nbs/09_traces.ipynb #a4a25fd3
-def scripted_teacher(seed=0):  # of the wording
+STAY = 5    # an edge that moves by no more stays, permille
+_AXES = (   # of x and of y: two edges, the ways of the axis, what a box of the wrong size is
+    dict(low='left edge', high='right edge', less='left', more='right', big='wide', small='narrow'),
+    dict(low='top edge', high='bottom edge', less='up', more='down', big='tall', small='short'))
+
+def _move(choose, words, edge, by):
+    "One sentence: an edge, or the whole box, moves by so much."
+    form = choose('Move the {} {}.', 'The {} must go {}.', 'The {} has to move {}.')
+    way = words['more'] if by > 0 else words['less']
+    if abs(by) < 40: way += ' a little'
+    if abs(by) > 160: way += ' a lot'
+    return form.format(edge, way)
+
+# %% ../nbs/09_traces.ipynb #bc9012f7
+def _along(choose, axis, box, target):
+    "What is said of one axis: how its two edges move, and whether the box has the wrong size."
+    words = _AXES[axis]
+    start, end = box[axis::2]
+    low = target[axis] - start
+    high = target[axis + 2] - end
+    moves = {words['low']: low, words['high']: high}
+    if min(low, high) > STAY or max(low, high) < -STAY:
+        moves = {'box': (low + high) / 2}
+    said = [_move(choose, words, edge, by)
+            for edge, by in moves.items() if abs(by) > STAY]
+    if abs(high - low) > max(2 * STAY, .15 * (end - start)):
+        begin = choose('It is too ', 'The box is too ')
+        said.append(begin + (words['small'] if high > low else words['big']) + '.')
+    return said
+
+# %% ../nbs/09_traces.ipynb #60c258c3
+def scripted_teacher(seed=0):   # of the wording
     "A teacher that puts the geometry of a step into words."
     def say(look):
-        g, told = rng('teacher', seed, *look.key), []
-        any_of = lambda *forms: forms[g.integers(len(forms))]
-        for axis in g.permutation(2):
-            low, high, less, more, big, small = _AXES[axis]
-            a, b = (v - u for u, v in zip(look.box[axis::2], look.target[axis::2]))
-            both = min(a, b) > STAY or max(a, b) < -STAY
-            for what, by in [('box', (a + b) / 2)] if both else [(low, a), (high, b)]:
-                if abs(by) <= STAY: continue
-                form = any_of('Move the {} {}.', 'The {} must go {}.', 'The {} has to move {}.')
-                far = ' a little' if abs(by) < 40 else ' a lot' if abs(by) > 160 else ''
-                told.append(form.format(what, (less, more)[by > 0] + far))
-            if abs(b - a) > max(2 * STAY, .15 * (look.box[axis + 2] - look.box[axis])):
-                told.append(any_of('It is too ', 'The box is too ') + (big, small)[b > a] + '.')
-        return ' '.join(told) or any_of('The box fits.', 'The box is good.', 'Keep the box.')
+        g = rng('teacher', seed, *look.key)
+        def choose(*forms): return forms[g.integers(len(forms))]
+        said = []
+        for axis in g.permutation(2): said += _along(choose, axis, look.box, look.target)
+        return ' '.join(said) or choose('The box fits.', 'The box is good.', 'Keep the box.')
     return lambda looks: [say(look) for look in looks]
 
 # %% ../nbs/09_traces.ipynb #775f99ca
-_WAYS = dict(left=(0, -1), right=(0, 1), up=(1, -1), high=(1, -1), down=(1, 1), low=(1, 1))
-_SIZES = dict(wid=(0, 1), narrow=(0, -1), tall=(1, 1), short=(1, -1),
-              larg=(2, 1), big=(2, 1), small=(2, -1))   # axis, 2 for both; sign
+_X = [0, 2]         # the edges of a box (x0, y0, x1, y1) that lie across x
+_Y = [1, 3]
+_ALL = [0, 1, 2, 3]
 _EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)
-_TOKEN = re.compile(r'''\b(?:
-    (?P<edge>left|right|top|bottom|upper|lower)(?:[ -]hand)?[ ](?:edge|side)s?|(?P<box>box|it)|
-    too[ ](?:far[ ])?(?P<too>left|right|up|down|high|low|wide|narrow|tall|short|large|big|small)|
-    (?P<more>high|low|wid|narrow|tall|short|larg|big|small)g?er|(?P<keep>fits|keep|good)|
-    (?P<way>left|right|up|down)(?:wards?)?)\b''', re.X | re.I | re.A)
+_WAYS = dict(       # a word -> the edges that move, and the sign
+    left=(_X, -1), right=(_X, 1),
+    up=(_Y, -1), high=(_Y, -1),
+    down=(_Y, 1), low=(_Y, 1))
+_SIZES = dict(      # how a word begins -> the edges that say the size, and the sign
+    wid=(_X, 1), narrow=(_X, -1),
+    tall=(_Y, 1), short=(_Y, -1),
+    larg=(_ALL, 1), big=(_ALL, 1), small=(_ALL, -1))
+
+# %% ../nbs/09_traces.ipynb #a602dafe
+_TOKEN = re.compile(r'''
+    \b(?:
+    (?P<edge> left|right|top|bottom|upper|lower) (?:[ -]hand)? [ ](?:edge|side)s? |
+    (?P<box> box|it) |
+    too[ ] (?:far[ ])?
+    (?P<too> left|right|up|down|high|low|wide|narrow|tall|short|large|big|small) |
+    (?P<more> high|low|wid|narrow|tall|short|larg|big|small) g?er |
+    (?P<keep> fits|keep|good) |
+    (?P<way> left|right|up|down) (?:wards?)?
+    )\b''', re.VERBOSE | re.IGNORECASE | re.ASCII)
 
 # %% ../nbs/09_traces.ipynb #e00c870b
-def statements(text, box, target)->list:    # a teacher's words; the boxes of the step, permille
-    "All that a text says: kind, words, whether it is true, and the edges that it speaks of (0..3)."
-    out, edge, move = [], None, [b - a for a, b in zip(box, target)]
-    was, will = ((w, h, w * h) for w, h in ((b[2] - b[0], b[3] - b[1]) for b in (box, target)))
-    for m in _TOKEN.finditer(text):
-        kind, word = m.lastgroup, m[m.lastgroup].lower().rstrip('e')
-        if kind in ('edge', 'box'): edge = _EDGES.get(word); continue
-        axis, sign = (_WAYS | _SIZES).get(word, (2, 0))
-        about, sign = [e for e in range(4) if axis in (e % 2, 2)], -sign if kind == 'too' else sign
-        if kind == 'keep': true = max(map(abs, move)) <= STAY
-        elif word in _SIZES: kind, true = 'size', (will[axis] - was[axis]) * sign > .02 * was[axis]
-        elif edge is None: kind, true = 'shift', sum(move[e] for e in about) * sign > 2 * STAY
-        else: kind, true, about = 'edge', edge in about and move[edge] * sign > STAY, [edge]
-        out.append((kind, m[0], true, about))
-    return out
+def _size(box, edges):
+    "Width, height or area: the product of the sides that end at some edges."
+    return math.prod(box[e] - box[e - 2] for e in edges if e >= 2)
+
+def _judge(kind, word, edge, box, target):
+    "What a word says of an edge, or of the box where that is None: kind, whether true, edges."
+    move = [b - a for a, b in zip(box, target)]
+    if kind == 'keep': return kind, max(map(abs, move)) <= STAY, _ALL
+    edges, sign = _SIZES[word] if word in _SIZES else _WAYS[word]
+    if kind == 'too': sign = -sign      # what is too wide must get narrower
+    if word in _SIZES:
+        was, will = _size(box, edges), _size(target, edges)
+        return 'size', (will - was) * sign > .02 * was, edges
+    if edge is None: return 'shift', sum(move[e] for e in edges) * sign > 2 * STAY, edges
+    return 'edge', edge in edges and move[edge] * sign > STAY, [edge]
+
+# %% ../nbs/09_traces.ipynb #83d27f62
+def statements(
+    text,       # a teacher's words
+    box,        # current box, permille
+    target,     # the next one, permille
+)->list:        # of (kind, words, whether it is true, edges that it speaks of, each 0..3)
+    "All that a text says."
+    said = []
+    edge = None     # that the next words are about; None is the box
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup
+        word = match[kind].lower().rstrip('e')
+        if kind in ('edge', 'box'):
+            edge = _EDGES.get(word)
+            continue
+        judged, true, edges = _judge(kind, word, edge, box, target)
+        said.append((judged, match[0], true, [*edges]))
+    return said
 
 # %% ../nbs/09_traces.ipynb #1d6f2acb
-def check(text, box, target)->list:     # as for `statements`; the text may be None
-    "Reasons to reject a teacher's words, from the words and the two boxes alone; empty for none."
+_NEGATION = re.compile(r"\b(not|no|never|neither|nor|without)\b|n't\b", re.IGNORECASE)
+_GRAMMAR = re.compile(r'''
+    ^[^A-Z] |                       # does not begin with a capital
+    [^A-Za-z0-9 ,.;:'-] |           # a character that no plain sentence has
+    [^.]$ |                         # does not end with a full stop
+    \b(?i:(\w+)[ ]\1)\b            # a word twice
+    ''', re.VERBOSE)
+
+# %% ../nbs/09_traces.ipynb #4e21b578
+def check(
+    text,       # a teacher's words, or None
+    box,        # current box, permille
+    target,     # the next one, permille
+)->list:        # of names of faults, empty for none
+    "Reasons to reject a teacher's words, from the words and the two boxes alone."
     if not isinstance(text, str) or not text.strip(): return ['empty']
-    said, move = statements(text, box, target), [abs(b - a) for a, b in zip(box, target)]
-    told = [move[e] for *_, about in said for e in about]
-    found = lambda pattern: re.search(pattern, text, re.I)
-    faults = {f'wrong {kind}': True for kind, _, true, _ in said if not true} | dict(
+    said = statements(text, box, target)
+    move = [abs(b - a) for a, b in zip(box, target)]
+    told = [move[e] for *_, edges in said for e in edges]
+    wrong = [f'wrong {kind}' for kind, _, true, _ in said if not true]
+    faults = dict(
         silent=not said or max(move) > STAY and max(move) not in told,
-        negation=found(r"\b(not|no|never|neither|nor|without)\b|n't\b"), number=found(r'\d'),
+        negation=_NEGATION.search(text),
+        number=re.search(r'\d', text),
         length=not 2 <= len(text.split()) <= 60,
-        grammar=found(r"(?-i:^[^A-Z]|[^A-Za-z0-9 ,.;:'-])|[^.]$|\b(\w+) \1\b"))
-    return [k for k, v in faults.items() if v]
+        grammar=_GRAMMAR.search(text))
+    return [*dict.fromkeys(wrong), *(name for name, found in faults.items() if found)]
 
 # %% ../nbs/09_traces.ipynb #304dd104
 def write_traces(
@@ -113,12 +196,21 @@ def write_traces(
     prompt='',      # what the teacher was told
 )->list:            # of dicts: id, source, box, targets, texts, faults, teacher, prompt_hash
     "The traces of a teacher; those with faults are kept and marked."
-    images = {s.id: s.image for s in samples}
-    ways = [[t.boxes[0], *interpolate(t.boxes[0], t.truth, steps)] for t in trajectories]
-    looks = [Look(images[t.id], t.expression, *way[k:k + 2], (t.id, k))
-             for t, way in zip(trajectories, ways) for k in range(steps)]
+    images = {x.id: x.image for x in samples}
+    looks = []
+    for t in trajectories:
+        way = [t.boxes[0], *interpolate(t.boxes[0], t.truth, steps)]
+        for k in range(steps):
+            looks.append(Look(
+                images[t.id], t.expression, way[k], way[k + 1], key=(t.id, k)))
     texts = list(teacher(looks))
-    faults = [check(text, x.box, x.target) for x, text in zip(looks, texts, strict=True)]
-    return [dict(id=t.id, source=t.source, box=way[0], targets=way[1:], texts=texts[k:k + steps],
-                 faults=faults[k:k + steps], teacher=name, prompt_hash=settings_hash(prompt))
-            for k, t, way in zip(range(0, len(texts), steps), trajectories, ways)]
+    faults = [check(text, look.box, look.target)
+              for text, look in zip(texts, looks, strict=True)]
+    rows = []
+    for i, t in enumerate(trajectories):
+        own = slice(i * steps, (i + 1) * steps)
+        rows.append(dict(
+            id=t.id, source=t.source, box=t.boxes[0],
+            targets=[look.target for look in looks[own]], texts=texts[own], faults=faults[own],
+            teacher=name, prompt_hash=settings_hash(prompt)))
+    return rows

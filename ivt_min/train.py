@@ -16,30 +16,39 @@ from safetensors import torch as safe
 from transformers.utils import logging
 from .core import (append_jsonl, data_path, read_json, settings_hash, write_json,
                           write_jsonl)
-from .model import SAVED, adapter_weights, add_adapter, wake_late
+from .model import SAVED, adapter_weights, add_adapter, set_adapter_weights
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
 TARGETS = r'^model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$'
 EYES = r'^model\.visual\.(blocks|merger|deepstack_merger_list)\.(.+\.)?(qkv|proj|linear_fc[12])$'
 
-def trainable(vlm, name)->dict:  # VLM, name of an adapter; name -> parameter, fp32
+def trainable(
+    vlm,    # VLM
+    name,   # of one of its adapters
+)->dict:    # name -> parameter, fp32
     "The weights of one adapter, the only ones that are left to train."
-    ends = tuple(f'{kind}.{name}{end}' for kind, end in (
-        ('.lora_A', '.weight'), ('.lora_B', '.weight'), ('.trainable_tokens_delta', '')))
-    for n, p in vlm.model.named_parameters():
-        p.requires_grad_(n.endswith(ends))
-        if p.requires_grad: p.data = p.data.float()
-    return {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
+    ends = f'.lora_A.{name}.weight', f'.lora_B.{name}.weight', f'.trainable_tokens_delta.{name}'
+    params = {n: p for n, p in vlm.model.named_parameters() if n.endswith(ends)}
+    vlm.model.requires_grad_(False)
+    for p in params.values():
+        p.data = p.data.float()
+        p.requires_grad_()
+    return params
 
 # %% ../nbs/10_train.ipynb #3e9897fc
-def add_lora(vlm, name, s)->dict:  # VLM, name of its adapter, SFT; name -> parameter, fp32
+def add_lora(
+    vlm,    # VLM
+    name,   # of its new adapter
+    s,      # settings with rank, alpha, vision, new_ids, late, seed
+)->dict:    # name -> parameter, as of `trainable`
     "A fresh LoRA adapter on the language model; all other weights are frozen."
-    lora = LoraConfig(r=s.rank, lora_alpha=s.alpha, trainable_token_indices=[*s.new_ids] or None,
-                      target_modules=f'{TARGETS}|{EYES}' if s.vision else TARGETS)
+    config = LoraConfig(
+        r=s.rank, lora_alpha=s.alpha, target_modules=f'{TARGETS}|{EYES}' if s.vision else TARGETS,
+        trainable_token_indices=list(s.new_ids) or None)
     with torch.random.fork_rng():   # leaves the caller's generator as it was
         torch.manual_seed(s.seed)
-        add_adapter(vlm, lora, name)
-    if s.late: wake_late(vlm, name)
+        add_adapter(vlm, config, name)
+    if s.late: vlm.late.add(name)
     return trainable(vlm, name)
 
 # %% ../nbs/10_train.ipynb #e63b6a50
@@ -52,97 +61,148 @@ def copy_adapter(
     config = copy.copy(vlm.model.peft_config[name])
     config.inference_mode = False
     add_adapter(vlm, config, new)
-    if name in vlm.late.get('names', ()): wake_late(vlm, new)
-    params, every = trainable(vlm, new), dict(vlm.model.named_parameters())
-    for n, p in params.items(): p.data.copy_(every[n.replace(f'.{new}', f'.{name}')])
+    if name in vlm.late: vlm.late.add(new)
+    params = trainable(vlm, new)
+    set_adapter_weights(vlm, new, adapter_weights(vlm, name))
     return params
 
 # %% ../nbs/10_train.ipynb #4ebe6c2d
-def save_checkpoint(folder, step, tensors, state):  # of the run, updates done, named, for JSON
+def save_checkpoint(
+    folder,     # of the run
+    step,       # updates done
+    tensors,    # name -> tensor
+    state,      # for JSON, with the run's "settings_hash"
+):
     "Write a checkpoint beside the last one; it counts from the moment its folder has its name."
     final = Path(folder)/f'{step:06}'
     new = final.with_name(f'.{final.name}.{os.getpid()}')
     new.mkdir(parents=True, exist_ok=True)
-    data = safe.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    plain = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    data = safe.save(plain)
     (new/'tensors.safetensors').write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    write_json(new/'manifest.json', dict(state, step=step, sha256=digest))
+    sha256 = hashlib.sha256(data).hexdigest()
+    write_json(new/'manifest.json', dict(state, step=step, sha256=sha256))
     shutil.rmtree(final, ignore_errors=True)    # it is there only where it was not whole
     os.replace(new, final)
     old = sorted(Path(folder).glob('[0-9]*'))[:-2]
-    for path in (*old, *Path(folder).glob('.[0-9]*')): shutil.rmtree(path)
+    torn = Path(folder).glob('.[0-9]*')
+    for path in [*old, *torn]: shutil.rmtree(path)
 
 # %% ../nbs/10_train.ipynb #6e365bbe
-def last_checkpoint(folder, digest)->tuple:  # of the run, its "settings_hash"
-    "Step, tensors and state of the newest whole checkpoint, or 0, {}, {}; raises ValueError."
+def last_checkpoint(
+    folder,     # of the run
+    digest,     # its "settings_hash"
+)->tuple:       # step, tensors, state; 0, {}, {} without one; raises ValueError for another run's
+    "The newest checkpoint that is whole."
     for path in sorted(Path(folder).glob('[0-9]*'), reverse=True):
-        names = path/'manifest.json', path/'tensors.safetensors'
-        try: state, data = read_json(names[0]), names[1].read_bytes()
+        try:
+            state = read_json(path/'manifest.json')
+            data = (path/'tensors.safetensors').read_bytes()
         except (OSError, ValueError): continue
         if hashlib.sha256(data).hexdigest() != state['sha256']: continue
         if state['settings_hash'] != digest: raise ValueError(f'{path} is of another run')
         return state['step'], safe.load(data), state
     return 0, {}, {}
 
-def fingerprint(vlm)->str:  # VLM
+# %% ../nbs/10_train.ipynb #554e95e0
+def fingerprint(vlm):   # VLM
     "A hash of up to 64 values of each frozen weight, and of the shapes of the others."
-    return settings_hash({n: p.shape if p.requires_grad else p.flatten()[::p.numel() // 64 + 1]
-                          .tolist() for n, p in vlm.model.named_parameters()})
+    def some(p):
+        if p.requires_grad: return p.shape
+        return p.flatten()[::p.numel() // 64 + 1].tolist()
+    return settings_hash({name: some(p) for name, p in vlm.model.named_parameters()})
 
 # %% ../nbs/10_train.ipynb #a021a549
-def rate(step, s):  # updates done, settings with lr, warmup, steps
-    "The learning rate: up in a line, down in a cosine."
+def rate(
+    step,   # updates done
+    s,      # settings with lr, warmup, steps
+):          # learning rate
+    "Up in a line, down in a cosine."
     if step < s.warmup: return s.lr * (step + 1) / s.warmup
-    return s.lr * .5 * (1 + math.cos(math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)))
+    angle = math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)
+    return s.lr * .5 * (1 + math.cos(angle))
 
-def optimiser(params, s):  # dict of name -> parameter, settings with lr
+# %% ../nbs/10_train.ipynb #a7160b90
+def optimiser(
+    params,     # name -> parameter
+    s,          # settings with lr
+):              # torch's Adam
     "Adam over an adapter, without weight decay."
     return torch.optim.Adam(params.values(), lr=s.lr, betas=(.9, .98))
 
 # %% ../nbs/10_train.ipynb #1bb4bedd
-def pack(params, opt)->dict:  # dict of name -> parameter, their optimiser
+def pack(
+    params,     # name -> parameter
+    opt,        # their optimiser
+)->dict:        # name -> tensor
     "Weights and the optimiser's state as named tensors."
-    return {f'{k}|{n}': v for n, p in params.items()
-            for k, v in (('weight', p), *opt.state.get(p, {}).items())}
+    tensors = {}
+    for name, p in params.items():
+        tensors[f'weight|{name}'] = p
+        for kind, v in opt.state.get(p, {}).items(): tensors[f'{kind}|{name}'] = v
+    return tensors
 
+# %% ../nbs/10_train.ipynb #fbb21eee
 @torch.no_grad()
-def unpack(params, opt, tensors):  # as for `pack`, what it gave
+def unpack(
+    params,     # name -> parameter
+    opt,        # their optimiser
+    tensors,    # of `pack`
+):
     "Put named tensors back."
-    for name, v in tensors.items():
-        kind, n = name.split('|')
-        if kind == 'weight': params[n].copy_(v)
-        else: opt.state[params[n]][kind] = v if kind == 'step' else v.to(params[n].device)
+    for key, v in tensors.items():
+        kind, name = key.split('|')
+        p = params[name]
+        if kind == 'weight': p.copy_(v)
+        else: opt.state[p][kind] = v if kind == 'step' else v.to(p.device)
+
+# %% ../nbs/10_train.ipynb #8b88d59e
+def _resume(params, s, folder, digest):
+    "Step, optimiser and log where a run goes on; the parameters are put there, too."
+    start, tensors, state = last_checkpoint(folder, digest)
+    opt = optimiser(params, s)
+    unpack(params, opt, tensors)
+    write_jsonl(folder/'log.jsonl', state.get('log', []))
+    return start, opt, state.get('log', [])
+
+def _update(params, opt, clip, loss):
+    "One update from the gradients that are there: their norm, and whether it was made."
+    norm = torch.nn.utils.clip_grad_norm_(params.values(), clip).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite: opt.step()
+    opt.zero_grad()
+    return norm, finite
 
 # %% ../nbs/10_train.ipynb #24f685a0
 class Run:
     "A training run that can be stopped anywhere; iterating it gives the steps that are left."
     def __init__(
-        self, params, s,    # name -> parameter; settings with lr, warmup, clip, steps, every
-        folder, about,      # for checkpoints and log.jsonl; all that the run depends on, for JSON
-    ):                      # raises ValueError where the folder is of another run
-        self.params, self.s, self.folder, self.digest = params, s, folder, settings_hash(about)
-        self.start, tensors, state = last_checkpoint(folder, self.digest)
-        self.opt, self.log = optimiser(params, s), state.get('log', [])
-        unpack(params, self.opt, tensors)
-        write_jsonl(Path(folder)/'log.jsonl', self.log)
+        self,
+        params,     # name -> parameter
+        s,          # settings with lr, warmup, clip, steps, every
+        folder,     # for checkpoints and log.jsonl
+        about,      # all that the run depends on, for JSON
+    ):              # raises ValueError where the folder is of another run
+        self.params, self.s, self.folder = params, s, Path(folder)
+        self.digest = settings_hash(about)
+        self.start, self.opt, self.log = _resume(params, s, self.folder, self.digest)
 
     def __iter__(self):
-        left, done = range(self.start, self.s.steps), dict(initial=self.start, total=self.s.steps)
-        for self.step in logging.tqdm(left, **done): yield self.step
+        left = range(self.start, self.s.steps)
+        for self.step in logging.tqdm(left, initial=self.start, total=self.s.steps):
+            yield self.step
 
     def move(self, loss)->dict:     # loss that was back-propagated; the same and the norm, or None
         "One update from the gradients that are there."
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.s.clip).item()
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
+        norm, finite = _update(self.params, self.opt, self.s.clip, loss)
         self.last = f'loss {loss}, gradient norm {norm}'
-        if ok := math.isfinite(loss) and math.isfinite(norm): self.opt.step()
-        self.opt.zero_grad()
-        return dict(loss=loss if ok else None, norm=norm if ok else None)
+        return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
 
     def note(self, **row):          # for JSON; raises ValueError at the third bad step in a row
         "Log a step, and keep a checkpoint where one is due."
         self.log.append(dict(step=self.step, **row))
-        append_jsonl(Path(self.folder)/'log.jsonl', self.log[-1])
+        append_jsonl(self.folder/'log.jsonl', self.log[-1])
         if [r['norm'] for r in self.log[-3:]] == [None] * 3:
             raise ValueError(f'update {self.step}: {self.last}, 3 in a row')
         if (self.step + 1) % self.s.every == 0 or self.step + 1 == self.s.steps:
@@ -158,15 +218,16 @@ def save_adapter(
     run='',     # name of the run that made it
 ):
     "Write an adapter as a plain PEFT folder in bf16, with its base and its loop beside it."
-    folder, base = Path(folder), vlm.model.name_or_path
-    base = None if Path(base) == data_path('tiny') else base
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = adapter_weights(vlm, name).items()
-    (folder/SAVED).write_bytes(safe.save({k: v.bfloat16().cpu().contiguous() for k, v in weights},
-                                         metadata=dict(format='pt')))
+    weights = {key: v.bfloat16().cpu().contiguous()
+               for key, v in adapter_weights(vlm, name).items()}
+    (folder/SAVED).write_bytes(safe.save(weights, metadata=dict(format='pt')))
+    source = vlm.model.name_or_path
+    base = None if Path(source) == data_path('tiny') else source
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=base or 'tiny', inference_mode=True)
-    write_json(folder/'adapter_config.json',    # what is None may be unknown to an older peft
-               {k: v for k, v in config.items() if v is not None})
-    late = name in vlm.late.get('names', ())
+    known = {key: v for key, v in config.items() if v is not None}  # for an older peft
+    write_json(folder/'adapter_config.json', known)
+    late = name in vlm.late
     write_json(folder/'ivt.json', dict(run=run, base=base, loop=asdict(loop), late=late))

@@ -372,7 +372,7 @@ def test_other_fields(field, values):
 def test_schema():
     for field in ROW:
         refused([{k: v for k, v in ROW.items() if k != field}], f'rows, row 1: no {field}')
-    refused([ROW, {}], 'row 2: no normal_caption, solution, file_name')
+    refused([ROW, {}], 'row 2: fields that are missing: normal_caption, solution, file_name')
     for bad in (None, 'row', 7, [ROW], list(ROW)): refused([bad], 'row 1: not a dict')
     akula = dict(raw_str='the left cat', file_name='COCO_train2014_000000000025.jpg',
                  candidates=[[1, 2, 3, 4]], width=80, height=60)

@@ -280,7 +280,7 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
 @pytest.mark.parametrize("bad", [dict(reward="best"), dict(loss_mean="word"),
                                  dict(first=False, loop=Loop(steps=0))])
 def test_settings_that_teach_nothing(bad):
-    with pytest.raises(ValueError, match="nothing to learn by"): replace(TINY, **bad)
+    with pytest.raises(ValueError, match="not of|nothing is sampled"): replace(TINY, **bad)
 
 
 def test_fewer_samples_than_prompts(tmp_path):

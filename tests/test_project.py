@@ -1,6 +1,8 @@
 """Checks of the project as a whole. Each is a function from files to a list of complaints, so that
 a bad example at the end of this file can show that it is able to complain."""
 import ast
+import importlib
+import inspect
 import io
 import json
 import re
@@ -10,9 +12,11 @@ import statistics
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from fastcore.docments import docments
 from nbdev.config import get_config
 from run_notebooks import cleaned, output_problems
 
@@ -359,9 +363,9 @@ def test_two_notebooks_never_make_one_module():
     assert len(made) == len(set(made))
 
 
-def code_tokens(code):
-    """Python tokens that are code: comments, docstrings, line breaks and `__all__` are free."""
-    free, lines = set(FREE_TOKENS), set()
+def code_lines_of(code):
+    """{line: number of Python tokens} of code: comments, docstrings and `__all__` are free."""
+    free, lines, counts = set(FREE_TOKENS), set(), Counter()
     for node in ast.walk(ast.parse(code)):
         first = getattr(node, "body", [None])[0] if isinstance(node, DOCUMENTED) else None
         text = isinstance(getattr(getattr(first, "value", None), "value", None), str)
@@ -369,19 +373,91 @@ def code_tokens(code):
             lines |= set(range(first.lineno, first.end_lineno + 1))
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             lines |= set(range(node.lineno, node.end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
-    return sum(t.type not in free and t.start[0] not in lines for t in tokens)
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type not in free and token.start[0] not in lines:
+            counts[token.start[0]] += 1
+    return counts
 
 
-def test_library_is_small():
+def golf_problems(codes, tokens=32_000, mean=12.5, dense=.03, longest=35):
+    """Where a library is larger or denser than the house allows."""
+    lines = [n for code in codes for n in code_lines_of(code).values()]
+    functions = [node for code in codes for node in ast.walk(ast.parse(code))
+                 if isinstance(node, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    checks = {
+        f"{sum(lines)} tokens": sum(lines) <= tokens,
+        f"{sum(lines) / len(lines):.1f} tokens a line": sum(lines) / len(lines) <= mean,
+        f"{sum(n >= 30 for n in lines)} dense lines": sum(n >= 30 for n in lines) <= dense * len(lines),
+        f"{max(long, key=long.get, default='')} is long": max(long.values(), default=0) <= longest,
+    }
+    return [what for what, fine in checks.items() if not fine]
+
+
+def undocumented(function):
+    """Arguments without a comment of their own, as fastcore's docments files them."""
+    found = docments(inspect.unwrap(function), full=False, returns=False)
+    return [name for name, text in found.items() if text is None and name not in ("self", "cls")]
+
+
+def export_problems(path):
+    """Export cells with several public definitions, and more than two of them without a value."""
+    bad, silent = [], 0
+    for source in sources(path):
+        if not source.lstrip().startswith("#| export"):
+            silent = 0 if code_lines(source) else silent
+            continue
+        made = re.findall(r"^(?:def|class) (\w+)", source, re.M)
+        public = [name for name in made if not name.startswith("_")]
+        if len(public) > 1: bad.append(f"{' and '.join(public)} in one cell")
+        silent += bool(made)
+        if silent == 3: bad.append(f"no value in the three cells up to {made[0]}")
+    return bad
+
+
+def test_library_is_small_and_readable():
     made = [p for p in LIBRARY if not p.stem.startswith("_")]
-    assert sum(code_tokens(p.read_text("utf-8")) for p in made) <= 32_000
+    assert golf_problems([p.read_text("utf-8") for p in made]) == []
 
 
-def test_token_count_can_be_checked_by_hand():
+def test_golf_check_can_fail_and_counts_as_by_hand():
     code = '"""Doc."""\n\n__all__ = ["f"]\n\ndef f(\n    x,  # why\n):\n    "Doc."\n    return x + 1\n'
-    assert code_tokens(code) == 11     # def f ( x , ) : return x + 1
-    assert code_tokens("f(1, [2])") == 8
+    assert sorted(code_lines_of(code).values()) == [2, 2, 3, 4]     # x,  ):  def f(  return x + 1
+    assert golf_problems([code]) == []
+    for limit in (dict(tokens=10), dict(mean=2.7), dict(longest=4)):
+        assert len(golf_problems([code], **limit)) == 1
+    assert golf_problems(["x = " + "1 + " * 20 + "1"], mean=99) == ["1 dense lines"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_every_argument_is_documented(path):
+    module = importlib.import_module("ivt_min" if path.stem == "__init__" else f"ivt_min.{path.stem}")
+    public = [f for name, f in vars(module).items() if inspect.isfunction(f)
+              and f.__module__ == module.__name__ and not name.startswith("_")]
+    assert {f.__name__: undocumented(f) for f in public if undocumented(f)} == {}
+
+
+def test_argument_check_can_fail():
+    def poor(a, b):  # what b is
+        pass
+    def rich(
+        a,  # what a is
+        b,  # what b is
+    ): pass
+    assert undocumented(poor) == ["a"] and undocumented(rich) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAME)
+def test_export_cells_are_small_and_have_values_between(path):
+    assert export_problems(path) == []
+
+
+def test_export_check_can_fail(tmp_path):
+    def made(*cells): return export_problems(notebook(tmp_path, *((c, []) for c in cells)))
+    one = "#| export\ndef f(): pass\ndef _g(): pass"
+    assert made(one, one, "f()", one, one) == [] == made("#| export\nimport os", one, one)
+    assert made(one + "\nclass G: pass") == ["f and G in one cell"]
+    assert made(one, one, "# text", one) == ["no value in the three cells up to f"]
 
 
 def python(code, *args, cwd=ROOT):

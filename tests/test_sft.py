@@ -340,7 +340,7 @@ def test_a_late_adapter_and_its_rows_are_handed_on(tmp_path):
     few, loop, noisy = split("train", 3), Loop(fill=(0, 255, 0)), noise((13, 42, 64))
     save_adapter(noisy, "noisy", tmp_path / "noisy", loop)
     told = [load(tmp_path / "noisy", device="cpu"), load(device="cpu")]
-    assert Loop(**told[0].loop) == loop and told[0].late["names"] == {"noisy"}
+    assert Loop(**told[0].loop) == loop and told[0].late == {"noisy"}
     plain = PeftModel.from_pretrained(told[1].model, tmp_path / "noisy").base_model.model
     told[1] = replace(told[1], model=plain)
     ask = question(noisy, few[0])
