@@ -156,6 +156,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ivt_min.loop.picture': ('loop.html#picture', 'ivt_min/loop.py'),
                               'ivt_min.loop.record': ('loop.html#record', 'ivt_min/loop.py'),
                               'ivt_min.loop.refine': ('loop.html#refine', 'ivt_min/loop.py'),
+                              'ivt_min.loop.remind': ('loop.html#remind', 'ivt_min/loop.py'),
                               'ivt_min.loop.rollout': ('loop.html#rollout', 'ivt_min/loop.py'),
                               'ivt_min.loop.scripted': ('loop.html#scripted', 'ivt_min/loop.py'),
                               'ivt_min.loop.transcript': ('loop.html#transcript', 'ivt_min/loop.py')},

@@ -174,34 +174,30 @@ def ask_all(
 
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
-    from .columns import COLUMNS, columns, single
+    from .columns import columns
     from .datasets import read_rows
-    from .evaluate import metrics, table
-    from .loop import free_cores, loop_of
+    from .evaluate import table
+    from .loop import free_cores, loop_of, remind
     from .model import find_model, load
     find_model(args.model)
-    folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
-    writable(folder/'x.jpg')
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
     samples = {split: read_rows(path, args.convention) for split, path in data.items()}
+    shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
+    if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
+    folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
+    writable(folder/'x.jpg')
     with free_cores():
         vlm = load(args.model, args.device)
+        remind(vlm)
         loop = loop_of(vlm, args.steps)
         claim(folder, settings_of(vlm, loop), data)
         done = {split: ask_all(vlm, loop, samples[split], folder/f'{split}.jsonl', args.batch)
                 for split in data}
-    if args.val:
-        rows = columns(folder.name, done['test'], done['val'])
-        rule = next(row['rule'] for row in rows if 'rule' in row)
-        how = f'{rule}, chosen on {args.val}'
-    else:
-        rows = []
-        for column in COLUMNS:
-            chosen = single(done['test'], RULE if column == 'label-free' else column)
-            rows += metrics(folder.name, chosen, 0, column)
-        how = f'{RULE}, fixed beforehand; the rows of --val choose one'
-    print(f'{table(rows)}\nlabel-free: the box by the rule {how}\n'
+    rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
+    rule = next(row['rule'] for row in rows if 'rule' in row)
+    how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'
+    print(f'{table(rows)}\nlabel-free: the box by the rule {rule}, {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
 
 # ---- the command line

@@ -87,11 +87,12 @@ def columns(
     test,   # list of Trajectory: those that are judged
     val,    # list of Trajectory: those that choose the rule; ValueError where they share an id
     seed=0, # of the bootstrap
+    rule=None,  # one of RULES that was fixed beforehand; then nothing is chosen
 )->list:    # of dicts as of `metrics`; those of the label-free column also with the rule
     "Step 0 | last | label-free | oracle."
     both = {t.id for t in test} & {t.id for t in val}
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
-    rule = choose_rule(val)
+    rule = rule or choose_rule(val)
     rows = []
     for column in COLUMNS:
         choice = rule if column == 'label-free' else column

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loop', 'Episode', 'picture', 'scripted', 'drawing', 'rollout', 'go_on', 'model_policy', 'record', 'Step',
-           'Refinement', 'check_pictures', 'free_cores', 'loop_of', 'refine', 'Transcript', 'transcript']
+           'Refinement', 'check_pictures', 'free_cores', 'loop_of', 'remind', 'refine', 'Transcript', 'transcript']
 
 # %% ../nbs/06_loop.ipynb #0b098702
 import os, warnings
@@ -97,7 +97,7 @@ def _heard(episode, turn):
 def rollout(
     policy,         # function of (episodes, memory or None) -> (a Turn for each, memory)
     samples,        # list of core.Sample
-    loop=Loop(),    # settings
+    loop=Loop(),    # settings, of which only `steps` counts here; the rest is the policy's
     draw=drawing(), # function of an Episode -> the box to draw, permille, or None
     keys=None,      # a tuple for each sample, its randomness; by default its id
     batch=64,       # samples at once
@@ -292,6 +292,12 @@ def loop_of(
     taught = loop or Loop(**vlm.loop or {})
     return taught if steps is None else replace(taught, steps=steps)
 
+# %% ../nbs/06_loop.ipynb #c851d755
+def remind(vlm):    # VLM
+    "Warn of what a model was made for, where it is of no use elsewhere."
+    if vlm.made_for: warnings.warn(f'{vlm.name} is a model of {vlm.made_for}: '
+                                   'on other pictures its boxes mean nothing', stacklevel=3)
+
 # %% ../nbs/06_loop.ipynb #69620a9e
 _loaded = cache(load)
 
@@ -312,8 +318,7 @@ def refine(
     with free_cores():
         vlm = model if isinstance(model, VLM) else _loaded(model, device)
         loop = loop_of(vlm, steps, loop)
-        if vlm.made_for: warnings.warn(f'{vlm.name} is a model of {vlm.made_for}: '
-                                       'on other pictures its boxes mean nothing', stacklevel=2)
+        remind(vlm)
         found = [_found(e) for e in rollout(model_policy(vlm, loop), samples, loop, batch=batch)]
     return found if isinstance(image, list) or isinstance(expression, list) else found[0]
 

@@ -57,8 +57,10 @@ def find_model(name=None):  # of what comes along, folder, hub name (owner/name)
     "The folder of a model or adapter, a Path; a hub name as it is. FileNotFoundError for others."
     known = shipped()
     wanted = str(name or 'tiny')
-    if wanted in known: return known[wanted]
     folder = Path(os.path.expanduser(wanted))
+    if wanted in known and folder.is_dir():
+        raise ValueError(f'{wanted!r} comes along, and is a folder here: for that, ./{wanted}')
+    if wanted in known: return known[wanted]
     if folder.is_dir(): return folder
     if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', wanted): return wanted
     raise FileNotFoundError(f'no model {wanted!r}: it is no folder and no hub name '
@@ -345,7 +347,7 @@ def _misfits(new, old):
 def _with_adapter(vlm, folder, about):
     "The VLM with the adapter of a folder; ValueError where its file is not one of this model."
     from peft import PeftConfig
-    name = folder.name
+    name = folder.name.replace('.', '_')    # a point would divide a module's name
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     add_adapter(vlm, config, name)

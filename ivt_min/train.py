@@ -58,7 +58,9 @@ def copy_adapter(
     new='grpo',     # name of the copy
 )->dict:            # name -> parameter of the copy, as of `trainable`
     "A copy of an adapter that is trained while the adapter itself is frozen."
-    config = copy.copy(vlm.model.peft_config[name])
+    there = getattr(vlm.model, 'peft_config', {})
+    if name not in there: raise ValueError(f'no adapter {name!r} to copy, only {list(there)}')
+    config = copy.copy(there[name])
     config.inference_mode = False
     add_adapter(vlm, config, new)
     if name in vlm.late: vlm.late.add(new)
@@ -224,7 +226,8 @@ def save_adapter(
                for key, v in adapter_weights(vlm, name).items()}
     (folder/SAVED).write_bytes(safe.save(weights, metadata=dict(format='pt')))
     source = vlm.model.name_or_path
-    base = None if Path(source) == data_path('tiny') else source
+    base = str(Path(source).resolve()) if Path(source).is_dir() else source
+    if base == str(data_path('tiny').resolve()): base = None
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=base or 'tiny', inference_mode=True)
     known = {key: v for key, v in config.items() if v is not None}  # for an older peft

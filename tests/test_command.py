@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line_and_nothing_is_done(place, line, words):
     assert done.stderr.startswith("ivt_min: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words)
     left = {p.name for p in set(place.glob("*")) - before}
-    assert left <= {"ivt_min_runs", "ivt_min_refined"}  # empty folders, which were tried
+    assert left <= {"ivt_min_refined"}     # an empty folder, which was tried
     assert not [p for name in left for p in (place / name).rglob("*") if p.is_file()]
 
 
@@ -167,6 +167,13 @@ def many_rows(place, n):
             for k in range(n)]
     (place / "many.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return rows
+
+
+def test_a_folder_named_like_a_shipped_model_is_not_passed_over(place):
+    (place / "grpo").mkdir()
+    done = run(place, f"refine {SCENE} star --model grpo")
+    (place / "grpo").rmdir()
+    assert done.returncode == 2 and "./grpo" in done.stderr
 
 
 def test_evaluate_goes_on_where_it_was_stopped(place):
@@ -226,6 +233,7 @@ def test_the_rule_can_be_chosen_on_rows_of_its_own(place):
     assert (place / "chosen/val.jsonl").exists()
     shared = run(place, "evaluate sft many.jsonl --val many.jsonl --out shared")
     assert shared.returncode == 2 and "in test and in val" in shared.stderr
+    assert not (place / "shared").exists()
 
 
 def test_a_script_beside_a_clone_of_the_same_name(tmp_path):

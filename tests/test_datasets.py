@@ -371,7 +371,7 @@ def test_other_fields(field, values):
 
 def test_schema():
     for field in ROW:
-        refused([{k: v for k, v in ROW.items() if k != field}], f'rows, row 1: no {field}')
+        refused([{k: v for k, v in ROW.items() if k != field}], f'rows, row 1: fields that are missing: {field}')
     refused([ROW, {}], 'row 2: fields that are missing: normal_caption, solution, file_name')
     for bad in (None, 'row', 7, [ROW], list(ROW)): refused([bad], 'row 1: not a dict')
     akula = dict(raw_str='the left cat', file_name='COCO_train2014_000000000025.jpg',
@@ -380,7 +380,7 @@ def test_schema():
     vlm_r1 = dict(height=640, width=427, bbox_list=[[103.93, 299.99, 237.15, 476.41]],
                   image='train2014/COCO_train2014_000000581857.jpg', normal_caption='the lady with the blue shirt',
                   solution=[103.93, 299.99, 238.15, 477.41])
-    refused([vlm_r1], 'row 1: no file_name, image_source')
+    refused([vlm_r1], 'row 1: fields that are missing: file_name, image_source')
 
 
 # ---- anything at all
