@@ -54,7 +54,10 @@ class Chat(BaseHTTPRequestHandler):
         self.send(200)
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        size = int(self.headers["Content-Length"])
+        body = self.rfile.read(size)
+        if len(body) < size:
+            return  # its client was killed half-way through
         name = hashlib.sha256(body).hexdigest()
         with LOCK:
             STATE["now"] += 1
