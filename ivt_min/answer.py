@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['stops', 'log_probs', 'choose', 'Turn', 'box_confidence', 'closed', 'Memory', 'uniforms', 'answer', 'generate',
-           'score']
+           'chosen_logps', 'score']
 
 # %% ../nbs/05_answer.ipynb #ea7d4794
 import re
 from dataclasses import dataclass, replace
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, DynamicLayer
 from .core import distinct, rng
 from .boxes import parse_box
-from .model import collate, forward, second_look
+from .model import acts_late, collate, fold, forward, second_look
 
 # %% ../nbs/05_answer.ipynb #7c56a546
 def stops(vlm):     # VLM
@@ -23,16 +24,19 @@ def stops(vlm):     # VLM
     return set(ends if isinstance(ends, list) else [ends])
 
 # %% ../nbs/05_answer.ipynb #66db4e45
+def _banned(vlm):
+    "Ids that no answer holds."
+    ids = [i for i, token in vlm.tokenizer.added_tokens_decoder.items()
+           if token.special and i not in stops(vlm)]
+    return torch.tensor(ids, device=vlm.model.device)
+
 def log_probs(
     vlm,            # VLM
     logits,         # (..., V)
     temperature=0., # 0 counts as 1
 ):                  # (..., V) fp32
     "Log-probabilities as they are sampled from: scaled, normalised; suppressed tokens have -inf."
-    banned = [i for i, token in vlm.tokenizer.added_tokens_decoder.items()
-              if token.special and i not in stops(vlm)]
-    at = torch.tensor(banned, device=logits.device)
-    allowed = logits.float().index_fill(-1, at, -torch.inf)
+    allowed = logits.float().index_fill(-1, _banned(vlm), -torch.inf)
     return (allowed / (temperature or 1.)).log_softmax(-1)
 
 # %% ../nbs/05_answer.ipynb #938975ec
@@ -84,6 +88,26 @@ def closed(text)->bool:     # a text under way
     return parse_box(text).n_boxes > 0
 
 # %% ../nbs/05_answer.ipynb #807a01b2
+class _Room(DynamicLayer):
+    "A layer's keys and values with room to grow: a new column is written, not all copied with it."
+    def update(self, keys, values, *args, **kwargs):
+        begin = self.get_seq_length()
+        end = begin + keys.shape[-2]
+        if begin and end <= self.room[0].shape[-2]:
+            self.room[0][..., begin:end, :] = keys
+            self.room[1][..., begin:end, :] = values
+        else: self.room = [F.pad(x, (0, 0, 0, 64)) for x in super().update(keys, values)]
+        self.keys, self.values = (x[..., :end, :] for x in self.room)
+        return self.keys, self.values
+
+# %% ../nbs/05_answer.ipynb #d75cdc4e
+def _cache(vlm):
+    "An empty cache."
+    cache = DynamicCache(config=vlm.model.config.text_config)
+    cache.layers = [_Room() for _ in cache.layers]
+    return cache
+
+# %% ../nbs/05_answer.ipynb #47b9d718
 @dataclass(frozen=True)
 class Memory:
     "What the network remembers of a batch of dialogues."
@@ -92,11 +116,14 @@ class Memory:
     position: object    # (B,) of the last column, the largest of its three
     pictures: object    # (B,) how many pictures of each dialogue were read
 
-def _repeat(memory, rows):
+# %% ../nbs/05_answer.ipynb #605e9936
+def _repeat(vlm, memory, rows):
     "The memory of some rows, each as often as its number comes."
     at = torch.tensor(rows, device=memory.mask.device)
-    memory.cache.batch_select_indices(at)
-    return Memory(memory.cache, memory.mask[at], memory.position[at], memory.pictures[at])
+    cache = _cache(vlm)
+    for k, layer in enumerate(memory.cache.layers):
+        cache.update(layer.keys[at], layer.values[at], k)
+    return Memory(cache, memory.mask[at], memory.position[at], memory.pictures[at])
 
 # %% ../nbs/05_answer.ipynb #a419516d
 def _prefill(vlm, dialogues, memory=None):
@@ -104,7 +131,7 @@ def _prefill(vlm, dialogues, memory=None):
     ids, mask, positions = collate(vlm, dialogues)
     late = second_look(vlm, ids)
     pictures = [picture for d in dialogues for picture in d.pictures]
-    cache = DynamicCache(config=vlm.model.config.text_config)
+    cache = _cache(vlm)
     if memory:
         cache = memory.cache
         known = memory.pictures.tolist()
@@ -157,6 +184,23 @@ def _turn(vlm, row, end):
     turn = Turn(ids, logps, vlm.tokenizer.decode(said), end=end)
     return replace(turn, confidence=box_confidence(vlm, turn))
 
+# %% ../nbs/05_answer.ipynb #d3a024e7
+def _decode(vlm, logits, memory, u, max_tokens, temperature, until):
+    "What each row says, lists of (id, log-probability), what ended it, and the memory of it all."
+    rows = [[] for _ in logits]
+    ends = [''] * len(rows)
+    for t in range(max_tokens):
+        logp = log_probs(vlm, logits, temperature)              # (B, V)
+        ids = choose(logp, None if u is None else u[:, t])      # (B,)
+        chosen = logp.gather(1, ids[:, None])[:, 0]             # (B,)
+        for k, new in enumerate(zip(ids.tolist(), chosen.tolist())):
+            if ends[k]: continue
+            rows[k].append(new)
+            ends[k] = _end(vlm, rows[k], until)
+        if all(ends) or t + 1 == max_tokens: break
+        logits, memory = _feed(vlm, ids, [not end for end in ends], memory)
+    return rows, ends, memory
+
 # %% ../nbs/05_answer.ipynb #1a1b24f7
 @torch.no_grad()
 def answer(
@@ -170,25 +214,21 @@ def answer(
 ):                  # B Turns, Memory; raises ValueError without a key a dialogue
     "Answers to a batch of dialogues, and what is needed to go on with them."
     if temperature and len(keys or ()) != len(dialogues): raise ValueError('one key a dialogue')
-    unlike, row_of = distinct(dialogues)
-    if memory or len(unlike) == len(dialogues): logits, memory = _prefill(vlm, dialogues, memory)
-    else:   # a dialogue that comes more than once is read once
-        logits, memory = _prefill(vlm, unlike)
-        logits, memory = logits[row_of], _repeat(memory, row_of)
-    u = uniforms(keys, max_tokens).to(logits.device) if temperature else None   # (B, max_tokens)
-    rows = [[] for _ in dialogues]      # of (id, log-probability)
-    ends = [''] * len(dialogues)
-    for t in range(max_tokens):
-        logp = log_probs(vlm, logits, temperature)                              # (B, V)
-        ids = choose(logp, u[:, t] if temperature else None)                    # (B,)
-        chosen = logp.gather(1, ids[:, None])[:, 0]                             # (B,)
-        for k, new in enumerate(zip(ids.tolist(), chosen.tolist())):
-            if ends[k]: continue
-            rows[k].append(new)
-            ends[k] = _end(vlm, rows[k], until)
-        if all(ends) or t + 1 == max_tokens: break
-        logits, memory = _feed(vlm, ids, [not end for end in ends], memory)
-    return [_turn(vlm, row, end) for row, end in zip(rows, ends)], memory
+    unlike, row_of = distinct(dialogues)    # a dialogue that comes more than once is read once
+    again = len(unlike) < len(dialogues)
+    if memory and again:
+        memory = _repeat(vlm, memory, [row_of.index(k) for k in range(len(unlike))])
+    with fold(vlm):
+        logits, memory = _prefill(vlm, unlike, memory)
+        u = None
+        if temperature:     # but answered as often as it comes
+            u = uniforms(keys, max_tokens).to(logits.device)                    # (B, max_tokens)
+            if again: logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
+        rows, ends, memory = _decode(vlm, logits, memory, u, max_tokens, temperature, until)
+    turns = [_turn(vlm, row, end) for row, end in zip(rows, ends)]
+    if again and not temperature:
+        turns, memory = [turns[k] for k in row_of], _repeat(vlm, memory, row_of)
+    return turns, memory
 
 # %% ../nbs/05_answer.ipynb #4ff26d22
 def generate(
@@ -201,25 +241,69 @@ def generate(
     "Answers to a batch of dialogues, each up to a stop token."
     return answer(vlm, dialogues, None, max_tokens, temperature, keys)[0]
 
+# %% ../nbs/05_answer.ipynb #f0527f58
+def _slopes(hidden, weight, ids, banned, temperature):
+    "Log-probabilities of ids, (n,), and their slopes in the hidden states, (n, D)."
+    z = (hidden @ weight.T).float().index_fill_(1, banned, -torch.inf).div_(temperature)
+    z -= z.amax(1, keepdim=True)
+    own = z.gather(1, ids[:, None])[:, 0]
+    total = z.exp_().sum(1, keepdim=True)
+    p = z.div_(total).to(weight)                                                # (n, V)
+    return own - total[:, 0].log(), (weight[ids] - p @ weight) / temperature
+
 # %% ../nbs/05_answer.ipynb #ea95f3ea
+def chosen_logps(
+    vlm,            # VLM
+    hidden,         # (N, D) hidden states
+    ids,            # (N,) ids that follow them
+    temperature=0., # as for `log_probs`
+    chunk=128,      # ids that have logits at a time; changes the memory, not the result
+):                  # (N,) fp32
+    "How likely chosen ids are: what `log_probs` gives them, with a gradient and little memory."
+    head, banned = vlm.model.lm_head, _banned(vlm)
+    parts = list(zip(hidden.split(chunk), ids.split(chunk)))
+    def plain(h, i): return log_probs(vlm, head(h), temperature).gather(1, i[:, None])[:, 0]
+    if any(p.requires_grad for p in head.parameters()) or hasattr(head, 'token_adapter'):
+        return torch.cat([checkpoint(plain, h, i, use_reentrant=False) for h, i in parts])
+    with torch.no_grad():
+        found = [_slopes(h, head.weight, i, banned, temperature or 1.) for h, i in parts]
+    logp, slopes = map(torch.cat, zip(*found))
+    return logp + (slopes * (hidden - hidden.detach())).sum(1)      # the same numbers, with a slope
+
+# %% ../nbs/05_answer.ipynb #1a1fdfcb
+def _hidden(vlm, dialogues, before, cut):
+    "Ids (B, L) and hidden states (B, L, D); those before the column `cut` have no gradient."
+    ids, mask, positions = collate(vlm, dialogues, before)
+    pictures = [d.pictures for d in dialogues]
+    if not 0 < cut < ids.shape[1]: return ids, forward(vlm, ids, mask, positions, sum(pictures, ()))
+    cache = DynamicCache(config=vlm.model.config.text_config)
+    late = torch.zeros_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        early = forward(vlm, ids[:, :cut], mask[:, :cut], positions[..., :cut],
+                        [p for own in pictures for p in own[:1]], late[:, :cut], cache)
+    rest = forward(vlm, ids[:, cut:], mask, positions[..., cut:],
+                   [p for own in pictures for p in own[1:]], ~late[:, cut:], cache)
+    return ids, torch.cat([early, rest], 1)
+
+# %% ../nbs/05_answer.ipynb #8b85db62
 def score(
     vlm,            # VLM
     dialogues,      # B finished dialogues
     masks,          # B tuples, one number an id: 1 where it is scored
     temperature=0., # that they were sampled at
-    chunk=1024,     # ids that the head takes at once
+    bf16=False,     # whether the network's products are rounded to bf16
 ):                  # (N,) log-probabilities of the N marked ids, row by row
     "How likely the marked ids are, with a gradient."
-    ids, mask, positions = collate(vlm, dialogues, left=False)
-    pictures = [picture for d in dialogues for picture in d.pictures]
+    before, cut = [0] * len(dialogues), 0
+    if acts_late(vlm):
+        ids, mask, _ = collate(vlm, dialogues, before)
+        begins = (mask * ~second_look(vlm, ids)).sum(1)     # ids before a second picture
+        cut = begins.max().item()
+        before = (cut - begins).tolist()
+    with torch.autocast(vlm.model.device.type, torch.bfloat16, enabled=bf16):
+        ids, hidden = _hidden(vlm, dialogues, before, cut)  # (B, L), (B, L, D)
     marked = torch.zeros_like(ids, dtype=torch.bool)
-    for row, numbers in enumerate(masks):
-        marked[row, :len(numbers)] = torch.tensor(numbers) > 0
-    hidden = forward(vlm, ids, mask, positions, pictures)                       # (B, L, D)
-    before = hidden[:, :-1][marked[:, 1:]]      # where a marked id is next     # (N, D)
-    wanted = ids[:, 1:][marked[:, 1:]]                                          # (N,)
-    def part(h, i):
-        logp = log_probs(vlm, vlm.model.lm_head(h), temperature)                # (chunk, V)
-        return logp.gather(1, i[:, None])[:, 0]
-    return torch.cat([checkpoint(part, h, i, use_reentrant=False)
-                      for h, i in zip(before.split(chunk), wanted.split(chunk))])
+    for row, (start, numbers) in enumerate(zip(before, masks)):
+        marked[row, start:start + len(numbers)] = torch.tensor(numbers) > 0
+    states = hidden[:, :-1][marked[:, 1:]]      # where a marked id is next     # (N, D)
+    return chosen_logps(vlm, states, ids[:, 1:][marked[:, 1:]], temperature)

@@ -1,6 +1,5 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, hashlib, json, os, sys, tempfile, warnings
-from dataclasses import asdict
 from pathlib import Path
 from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
@@ -12,19 +11,17 @@ def film_of(
     sample,     # core.Sample
     untrained,  # its Episode
     trained,    # its Episode
-):              # picture, line of text
-    "One scene, untrained and trained: a picture and an IoU a step, and the same in words."
+):              # render.Picture
+    "One scene, untrained and trained: a picture and an IoU a step; the same in words is printed."
     from .boxes import iou
     from .render import filmstrip
-    parts = []
     texts = []
     for name, episode in (('untrained', untrained), ('trained', trained)):
-        scores = [f'{iou(box, sample.truth):.2f}' for box in episode.boxes]
-        parts.append(f'{name} ' + ' -> '.join(scores))
-        texts += [f'{name}, step {t}: IoU {score}' for t, score in enumerate(scores)]
+        for t, box in enumerate(episode.boxes):
+            texts.append(f'{name}, step {t}: IoU {iou(box, sample.truth):.2f}')
+    print(sample.expression, *texts, sep='\n  ')
     boxes = [*untrained.boxes, *trained.boxes]
-    strip = filmstrip(sample.image, boxes, sample.truth, texts, sample.expression, side=150)
-    return strip, f'{", ".join(parts)}: {sample.expression}'
+    return filmstrip(sample.image, boxes, sample.truth, texts, sample.expression, side=150)
 
 def demo_scenes(
     run,    # name of a stored run
@@ -39,10 +36,9 @@ def demo_scenes(
     broken = (before & ~after).nonzero()[0].tolist()
     print(f'The loop {run} on {len(done)} test scenes: {len(mended)} boxes mended (IoU from below '
           f'0.5 to above), {len(broken)} broken.\nShown: the first of each, and the first others.')
-    chosen = mended[:1] + broken[:1]
-    chosen += [i for i in range(n) if i not in chosen]
     samples = split('test')
-    return [samples[i] for i in chosen[:n]]
+    chosen = dict.fromkeys([*mended[:1], *broken[:1], *range(n)])   # each once
+    return [samples[i] for i in chosen][:n]
 
 def demo(args):     # of the command line
     "Show what the loop does, untrained and trained, and the results."
@@ -50,6 +46,7 @@ def demo(args):     # of the command line
     from .loop import free_cores, loop_of, model_policy, rollout
     from .model import find_model, load
     from .render import stack
+    writable(args.out)
     run = read_json(find_model('sft')/'ivt.json')['run']
     samples = demo_scenes(run, args.n)
     episodes = []
@@ -58,9 +55,7 @@ def demo(args):     # of the command line
             vlm = load(name, args.device)
             loop = loop_of(vlm, args.steps)
             episodes.append(rollout(model_policy(vlm, loop), samples, loop))
-    films = [film_of(*row) for row in zip(samples, *episodes)]
-    print(*(line for _, line in films), sep='\n')
-    stack([strip for strip, _ in films]).save(args.out)
+    stack([film_of(*row) for row in zip(samples, *episodes)]).save(args.out)
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
     print('Acc@0.5 on the test scenes; oracle picks the best step with the labels: no method')
     rows = read_json(data_path('runs/results.json'))
@@ -79,17 +74,16 @@ def outputs(args):      # of the command line
 
 def refine(args):       # of the command line
     "Find what the words mean in each picture; print the steps, and write pictures of them."
-    from .render import open_image
-    for image in args.image: open_image(image)  # what is wrong is said before the work
     if not args.expression.strip(): raise ValueError('the expression is empty')
-    from .loop import refine
+    from .loop import check_pictures, refine
     from .model import find_model
     find_model(args.model)
+    check_pictures(args.image, args.expression)     # what is wrong is said before the work
     files = outputs(args)
     for k in range(0, len(files), args.batch):
         part = args.image[k:k + args.batch]
         found = refine(part, args.expression, args.model, args.steps, args.device)
-        for image, one, file in zip(part, found, files[k:k + args.batch]):
+        for image, one, file in zip(part, found, files[k:]):
             if file: one.save(file)
             line = dict(image=image, model=args.model, **one.to_dict())
             print(json.dumps(line) if args.json else said(image, one, file), flush=True)
@@ -110,31 +104,22 @@ def said(
     lines.append(f'  final: {px(found.final)}; wrote {file}')
     return '\n'.join(lines)
 
-def settings_of(
-    vlm,    # VLM
-    loop,   # Loop
-):          # dict
-    "What the answers depend on: of the weights a hash of up to 64 values each."
-    def some(p): return p.detach().flatten()[::p.numel() // 64 + 1].tolist()
-    weights = settings_hash([some(p) for p in vlm.model.parameters()])
-    return dict(model=vlm.name, prompt=vlm.prompt, loop=asdict(loop), weights=weights)
-
 def claim(
     folder,     # of the run, a Path
-    about,      # what its answers depend on, for JSON
+    vlm,        # VLM
+    loop,       # Loop
     data,       # split -> file
 ):              # raises ValueError where the folder is another run's
-    "Write down whose run a folder is."
-    new = json.loads(json.dumps(about))     # tuples become lists
+    "Write down what the answers in a folder depend on; of the weights up to 64 values each."
+    def some(p): return p.detach().flatten()[::p.numel() // 64 + 1].tolist()
+    weights = settings_hash([some(p) for p in vlm.model.parameters()])
     sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
             for split, path in data.items()}
+    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=weights, data=sums)
     config = folder/'config.json'
-    old = read_json(config) if config.exists() else dict(new, data={})
-    known = old.pop('data')
-    others = [split for split in sums if known.get(split, sums[split]) != sums[split]]
-    if old != new or others:
+    if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
-    write_json(config, dict(new, data=known | sums))
+    write_json(config, about)
 
 def ask_all(
     vlm,        # VLM
@@ -151,25 +136,22 @@ def ask_all(
     from .loop import model_policy, record, rollout
     if path.exists(): return read_run(path.parent, path.stem, len(samples))
     part = path.with_suffix('.part')
-    whole = part.read_bytes() if part.exists() else b''
-    part.write_bytes(whole[:whole.rfind(b'\n') + 1])    # without a line that was cut off
-    done = {t.id: t for t in map(from_row, read_jsonl(part))}
+    part.touch()
+    with part.open('rb+') as f: f.truncate(f.read().rfind(b'\n') + 1)   # a line may be torn
+    done = {row['id']: from_row(row) for row in read_jsonl(part)}
     usable, reasons = scan(samples, skip=True)
-    for sample in samples:
-        if sample.id in reasons:
-            done[sample.id] = missed(sample, reasons[sample.id], loop.steps + 1)
     todo = [sample for sample in usable if sample.id not in done]
-    start = len(samples) - len(todo)
-    with logging.tqdm(total=len(samples), initial=start, desc=path.stem) as bar:
-        for k in range(0, len(todo), batch):
-            for e in rollout(model_policy(vlm, loop), todo[k:k + batch], loop, batch=batch):
-                done[e.sample.id] = record(e)
-                append_jsonl(part, to_row(done[e.sample.id]))
-                bar.update()
+    for k in logging.tqdm(range(0, len(todo), batch), desc=path.stem):
+        for e in rollout(model_policy(vlm, loop), todo[k:k + batch], loop, batch=batch):
+            done[e.sample.id] = record(e)
+            append_jsonl(part, to_row(done[e.sample.id]))
+    for sample in samples:
+        if sample.id not in reasons: continue
+        done[sample.id] = missed(sample, reasons[sample.id], loop.steps + 1)
+        print(f'counts as no box: {sample.id}: {reasons[sample.id]}', file=sys.stderr)
     trajectories = [done[sample.id] for sample in samples]
     write_jsonl(path, map(to_row, trajectories))
     part.unlink()
-    for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
     return trajectories
 
 def evaluate(args):     # of the command line
@@ -178,20 +160,18 @@ def evaluate(args):     # of the command line
     from .datasets import read_rows
     from .evaluate import table
     from .loop import free_cores, loop_of, remind
-    from .model import find_model, load
-    find_model(args.model)
+    from .model import load
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
     samples = {split: read_rows(path, args.convention) for split, path in data.items()}
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
-    writable(folder/'x.jpg')
     with free_cores():
         vlm = load(args.model, args.device)
         remind(vlm)
         loop = loop_of(vlm, args.steps)
-        claim(folder, settings_of(vlm, loop), data)
+        claim(folder, vlm, loop, data)
         done = {split: ask_all(vlm, loop, samples[split], folder/f'{split}.jsonl', args.batch)
                 for split in data}
     rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
@@ -212,10 +192,9 @@ def whole(least):   # number
 
 def writable(path):     # file
     "The path, once it is sure that a picture can be written there; ValueError or OSError."
-    from .render import _ENDINGS
+    from .render import format_of
     path = Path(path)
-    if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f'{path}: a picture ends in one of {", ".join(_ENDINGS)}')
+    format_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): return path
@@ -271,22 +250,19 @@ def main(argv=None):    # words of the command line
     "Entry point; without a command, the demo. Exit code 2 for a mistake, 130 for Ctrl-C."
     words = list(sys.argv[1:] if argv is None else argv)
     if not {'-h', '--help', '--version'} & set(words[:1]):
-        at = next((k for k, word in enumerate(words) if word in COMMANDS), None)
-        command = 'demo' if at is None else words.pop(at)
+        command = next((word for word in words if word in COMMANDS), 'demo')
+        if command in words: words.remove(command)
         words.insert(0, command)
     args = build_parser().parse_args(words)
     try:
-        if args.command == 'demo': writable(args.out)
         with warnings.catch_warnings():     # what libraries say of each other stays unsaid
             warnings.simplefilter('ignore')
             warnings.filterwarnings('once', '.* is a model of ')
             warnings.showwarning = note
             COMMANDS[args.command][0](args)
         sys.stdout.flush()
+    except BrokenPipeError: os._exit(141)   # who read the output has left; at exit it is flushed
     except (ValueError, TypeError, OSError) as e:
-        if isinstance(e, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
         print(f'ivt_min: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

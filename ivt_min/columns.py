@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise, zip_longest
 import numpy as np
 from .boxes import iou
-from .evaluate import Table, bootstrap, hits, ious, metrics, result_row
+from .evaluate import bootstrap, hits, ious, metrics, part_rows, result_row, table
 
 # %% ../nbs/08_columns.ipynb #881a2116
 def _read(boxes): return [box for box in boxes if box is not None]
@@ -22,9 +22,9 @@ def _last(boxes, confidences): return boxes[-1]
 def _held(boxes, confidences): return _read(boxes)[-1]
 
 def _confident(boxes, confidences):
-    known = confidences or [None] * len(boxes)
-    def sure(i): return -math.inf if known[i] is None else known[i]
-    return boxes[max((i for i, box in enumerate(boxes) if box is not None), key=sure)]
+    def sure(pair): return -math.inf if pair[1] is None else pair[1]
+    pairs = zip_longest(boxes, confidences)
+    return max((pair for pair in pairs if pair[0] is not None), key=sure)[0]
 
 def _mean(boxes, confidences): return tuple(np.mean(_read(boxes), 0).tolist())
 
@@ -106,15 +106,13 @@ def four_columns(
     rows,           # dicts of `columns`, or of `metrics` for a run of one answer
     runs,           # names of those that are shown, in order
     metric='acc50', # the one that is shown
-)->Table:           # raises KeyError for a run that the rows lack
+):                  # a Table; raises KeyError for a run that the rows lack
     "A line a run and the four columns side by side, as value [low, high]."
-    found = {(row['run'], row['column']): row for row in rows if row['metric'] == metric}
-    body = []
-    for run in runs:
-        told = [found.get((run, column)) for column in COLUMNS]
-        texts = ['{value:.3f} [{low:.3f}, {high:.3f}]'.format(**r) if r else '' for r in told]
-        body.append((run, *texts, str(found[run, 'step 0']['n'])))
-    return Table(('run', *COLUMNS, 'n'), body)
+    found = {}      # run -> its rows
+    for row in rows:
+        if row['metric'] == metric: found.setdefault(row['run'], []).append(row)
+    shown = [dict(row, metric=row['column']) for run in runs for row in found[run]]
+    return table(shown, COLUMNS, keys=('run',))
 
 # %% ../nbs/08_columns.ipynb #d6142128
 def per_sample(trajectories)->dict:  # n of T+1 >= 2 boxes, else ValueError; name -> (n,)
@@ -147,18 +145,8 @@ def dynamics(
     seed=0,         # of the bootstrap
 )->list:            # of dicts as of `metrics`
     "Means of `per_sample`, column 'dynamics', over all samples and for each source that has any."
-    values = per_sample(trajectories)
     sources = [t.source for t in trajectories]
-    rows = []
-    for source in (None, *sorted(set(sources))):
-        part = '' if source is None else f'/{source}'
-        mask = np.array([source in (None, own) for own in sources])
-        for metric, value in values.items():
-            chosen = value[mask & np.isfinite(value)]
-            if len(chosen):
-                interval = bootstrap(chosen, seed)
-                rows.append(result_row(run, 'dynamics', metric + part, interval, len(chosen)))
-    return rows
+    return part_rows(run, 'dynamics', per_sample(trajectories), [sources], seed)
 
 # %% ../nbs/08_columns.ipynb #65d16a6a
 def paired(
@@ -201,12 +189,12 @@ def compare(
     "What the new answers score above the old ones, sample by sample."
     _same_questions(run, against, new, old)
     before, after = ious(old), ious(new)
-    def row(metric, u, v):
-        return result_row(run, f'vs {against}', metric, paired(u, v, seed), len(u))
+    def row(metric, difference):
+        return result_row(run, f'vs {against}', metric, difference, seed)
     rows = []
     for percent in (50, 70, 90):
         u, v = hits(before, percent / 100), hits(after, percent / 100)
-        wins, losses = int((v > u).sum()), int((u > v).sum())
-        exact = dict(p=mcnemar(u, v), wins=wins, losses=losses)
-        rows.append(row(f'd_acc{percent}', u, v) | exact)
-    return [*rows, row('d_miou', before, after)]
+        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()),
+                     losses=int((u > v).sum()))
+        rows.append(row(f'd_acc{percent}', v * 1. - u) | exact)
+    return [*rows, row('d_miou', after - before)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from .boxes import to_permille
 from .core import Sample, Trajectory, read_json, read_jsonl
-from .render import ImageError, open_image
+from .render import open_image
 
 # %% ../nbs/20_datasets.ipynb #1922820b
 def _must(fine, what):
@@ -61,8 +61,8 @@ def true_box(
     x0, y0, x1, y1 = box
     left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
     given = (x0, y0, x1 + left, y1 + top)
-    inside = (max(x0, 0), max(y0, 0),
-              min(given[2], width), min(given[3], height))
+    sides = (width, height) * 2
+    inside = tuple(min(max(v, 0), side) for v, side in zip(given, sides))
     rim = max(abs(a - b) for a, b in zip(inside, given))
     side = min(inside[2] - inside[0], inside[3] - inside[1])
     here = f'as {convention} in a picture of {width} x {height}'
@@ -124,12 +124,12 @@ def _sample(row, layout, i, images):
     return Sample(name, layout.source, _read(row, layout.expression, _text), truth, image, meta)
 
 # %% ../nbs/20_datasets.ipynb #5de2a22d
-def _samples(rows, where, images, n, layout):
+def _samples(rows, where, images, n, layout, prepare=lambda row: row):
     "The samples of rows; what is wrong with one begins with where it stands."
     samples = {}
     for i, row in enumerate(rows):
         try:
-            sample = _sample(row, layout, i, images)
+            sample = _sample(prepare(row), layout, i, images)
             _must(sample.id not in samples, f'id {sample.id!r} is there twice')
         except ValueError as e: raise ValueError(f'{where}, row {i + 1}: {e}') from None
         samples[sample.id] = sample
@@ -168,12 +168,9 @@ def read_rows(
 )->list:                    # of Sample; raises ValueError that names the file, the row, the field
     "The samples of a file of one's own: rows with image, expression and box."
     folder = Path(path).parent
-    rows = []
-    for i, row in enumerate(read_jsonl(path)):
-        try: rows.append(_own(row, folder))
-        except ValueError as e: raise ValueError(f'{path}, row {i + 1}: {e}') from None
     layout = Layout(Path(path).stem, 'expression', 'box', convention, _PICTURE)
-    return _samples(rows, path, folder, None, layout)
+    def own(row): return _own(row, folder)
+    return _samples(read_jsonl(path), path, folder, None, layout, own)
 
 # %% ../nbs/20_datasets.ipynb #22dd3480
 def scan(
@@ -186,12 +183,10 @@ def scan(
         key = repr(x.image)     # a path, or a PIL image with its address
         try:
             if key not in sizes: sizes[key] = open_image(x.image).size
-        except ImageError as e:
-            reasons[x.id] = str(e)
-            continue
-        w, h = sizes[key]
-        said = (x.meta.get('width', w), x.meta.get('height', h))
-        if said != (w, h): reasons[x.id] = f'{w} x {h} px, but {said[0]} x {said[1]} in its row'
+            w, h = sizes[key]
+            said = (x.meta.get('width', w), x.meta.get('height', h))
+            _must(said == (w, h), f'{w} x {h} px, but {said[0]} x {said[1]} in its row')
+        except ValueError as e: reasons[x.id] = str(e)
     some = '\n'.join(f'{name}: {why}' for name, why in list(reasons.items())[:9])
     _must(skip or not reasons, f'{len(reasons)} of {len(samples)} samples are unusable:\n{some}')
     return [x for x in samples if x.id not in reasons], reasons

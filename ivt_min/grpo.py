@@ -19,7 +19,7 @@ from .boxes import iou
 from .model import use_adapter
 from .answer import score
 from .loop import Loop, Transcript, model_policy, rollout, transcript
-from .train import Run, fingerprint
+from .train import Run, fingerprint, quick_bf16
 
 # %% ../nbs/12_grpo.ipynb #a512873a
 def _final(ious): return ious[-1]
@@ -83,6 +83,7 @@ class GRPO:
     warmup: int = 5         # steps up to the peak; a cosine to zero follows
     clip: float = 1.        # most that the gradient's norm may be
     micro: int = 16         # trajectories a forward; changes the memory, not the result
+    bf16: bool = quick_bf16()   # whether products in the update are in bf16; sampling is in fp32
     steps: int = 60         # rollouts, each with its updates
     every: int = 20         # steps between checkpoints
     seed: int = 0           # of the order and of all sampling
@@ -95,9 +96,10 @@ class GRPO:
         if not self.first and self.loop.steps == 0: raise ValueError('first=False and no step: '
                                                                      'nothing is sampled')
 
+# %% ../nbs/12_grpo.ipynb #f48c71cc
 PAPER = GRPO(   # all but T, N, beta and the reward is ours
     Loop(steps=2, max_tokens=128, temperature=1.), prompts=4,
-    lr=1e-5, micro=1, steps=200)
+    lr=1e-5, micro=1, bf16=False, steps=200)
 
 # %% ../nbs/12_grpo.ipynb #8bb9a665
 def normaliser(
@@ -177,7 +179,8 @@ def logps(
     for k in range(0, len(rows), s.micro):
         part = rows[k:k + s.micro]
         masks = [row.mask for row in part]
-        marked = score(vlm, [row.dialogue for row in part], masks, s.loop.temperature)
+        dialogues = [row.dialogue for row in part]
+        marked = score(vlm, dialogues, masks, s.loop.temperature, s.bf16)
         out += marked.split([sum(mask) for mask in masks])
     return out
 
@@ -223,15 +226,22 @@ def _prompts(samples, s, step):
     return [samples[i] for i in order[k * s.prompts:(k + 1) * s.prompts]]
 
 def _fixed_logps(vlm, rows, s, name, ref):
-    "What the policy gave its ids when it sampled them, and what the reference gives them."
+    "What the policy gave its ids before the update, and what the reference gives them, or None."
     old = [torch.tensor(row.logps) for row in rows]
-    if vlm.model.device.type != 'cpu':      # in bf16 the ratio must begin at 1
-        old = reference_logps(vlm, rows, s, name)
-    return old, reference_logps(vlm, rows, s, ref, name) if s.beta else old
+    if s.bf16 or vlm.model.device.type != 'cpu':    # in bf16, too, the ratio must begin at 1
+        old = reference_logps(vlm, rows, s, name) if s.updates > 1 else None
+    return old, reference_logps(vlm, rows, s, ref, name) if s.beta else None
 
-def _micro_batches(A, s):
+def _batch(new, old, fixed, part):
+    "What the policy gives the ids of a forward, gave before the update, and the reference: (B, M)."
+    logp = _pad(new)
+    was = logp.detach() if old is None else _pad(old, part)
+    return logp, was, was if fixed is None else _pad(fixed, part)
+
+def _micro_batches(A, rows, s):
     "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
     live = [i for i in range(len(A)) if s.beta or A[i] != 0]
+    live.sort(key=lambda i: len(rows[i].mask))  # those of like length share a forward
     return [live[k:k + s.micro] for k in range(0, len(live), s.micro)]
 
 def _pad(tensors, part=None):
@@ -260,18 +270,17 @@ def train_grpo(
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
         took = time.time() - start
         old, fixed = _fixed_logps(vlm, rows, s, name, ref)
-        n = normaliser(s, [len(x) for x in old])
+        n = normaliser(s, [len(row.logps) for row in rows])
         for _ in range(s.updates):
             sums = Counter(loss=0., k3=0., clipped=0.)
-            for part in _micro_batches(A, s):
-                logp = logps(vlm, [rows[i] for i in part], s)
-                mask = _pad([torch.ones_like(x) for x in logp])     # (B, M)
-                loss, said = grpo_loss(_pad(logp), _pad(old, part), _pad(fixed, part),
-                                       A[part], mask, s, n)
+            for part in _micro_batches(A, rows, s):
+                new = logps(vlm, [rows[i] for i in part], s)
+                mask = _pad([torch.ones_like(x) for x in new])      # (B, M)
+                loss, said = grpo_loss(*_batch(new, old, fixed, part), A[part], mask, s, n)
                 loss.backward()
                 sums.update(said, loss=loss.item())
             moved = run.move(sums['loss'])      # clip, step
-        ids = sum(len(x) for x in old)
+        ids = sum(len(row.logps) for row in rows)
         run.note(**moved, **rollout_stats(episodes, R, rows), k3=sums['k3'] / ids,
                  clipped=sums['clipped'] / ids, tokens_s=ids / took, seconds=time.time() - start)
     return run.log

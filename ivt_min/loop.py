@@ -88,6 +88,10 @@ def _start(sample, key):
     try: return Episode(sample, open_image(sample.image), key)
     except ValueError as e: raise ValueError(f'{sample.id}: {e}') from e
 
+def _like(sample):
+    "What is alike in samples that are read together with little padding."
+    return getattr(sample.image, 'size', ()), len(str(sample.expression))
+
 def _heard(episode, turn):
     "An episode after one more turn."
     box = parse_box(turn.text).box
@@ -105,18 +109,20 @@ def rollout(
 )->list:            # of Episode; raises ValueError that names a sample with a bad picture
     "Every sample is asked, then shown its own answer, `loop.steps` times."
     asked = list(zip(samples, keys or [(s.id,) for s in samples]))
+    order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
     starts = range(0, len(samples), batch)
-    done = []
-    for k in logging.tqdm(starts, disable=not progress or len(starts) < 2):
-        episodes = [_start(sample, key) for sample, key in asked[k:k + batch]]
+    done = {}
+    for start in logging.tqdm(starts, disable=not progress or len(starts) < 2):
+        part = order[start:start + batch]
+        episodes = [_start(*asked[k]) for k in part]
         memory = None
         for step in range(loop.steps + 1):
             if step > 0:
                 episodes = [replace(e, drawn=(*e.drawn, draw(e))) for e in episodes]
             turns, memory = policy(episodes, memory)
             episodes = [_heard(e, turn) for e, turn in zip(episodes, turns)]
-        done += episodes
-    return done
+        done.update(zip(part, episodes))
+    return [done[k] for k in range(len(samples))]
 
 # %% ../nbs/06_loop.ipynb #95a29a2b
 def _goes_on(turn):
@@ -146,6 +152,15 @@ def go_on(
     return Dialogue(ids, (*dialogue.pictures, shown))
 
 # %% ../nbs/06_loop.ipynb #388d7009
+def _go_on_all(vlm, loop, dialogues, episodes):
+    "`go_on` for each; those of one dialogue that said and were shown the same share it."
+    made, longer = {}, []
+    for d, e in zip(dialogues, episodes):
+        key = id(d), e.turns[-1].ids, e.drawn[-1]
+        if key not in made: made[key] = go_on(vlm, loop, d, e)
+        longer.append(made[key])
+    return longer
+
 def _questions(vlm, episodes):
     "The dialogue that asks each episode; episodes of one sample share it."
     samples, of = distinct([e.sample for e in episodes])
@@ -172,7 +187,7 @@ def model_policy(
     def policy(episodes, memory=None):
         if memory:
             before, known = memory
-            dialogues = [go_on(vlm, loop, d, e) for d, e in zip(before, episodes)]
+            dialogues = _go_on_all(vlm, loop, before, episodes)
         else:
             dialogues, known = _questions(vlm, episodes), None
         if kept is not None:

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
            'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'second_look',
-           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights']
+           'acts_late', 'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'fold']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
 import inspect, os, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import torch as safe
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
-                          BitsAndBytesConfig)
+from torch.nn import functional as F
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     BaseModelOutputWithDeepstackFeatures, Qwen3VLModel)
@@ -41,6 +44,8 @@ class VLM:
     made_for: str = ''  # what it was made for, where it is of no use elsewhere
     loop: dict = None   # settings of the loop that its adapter was taught with
     late: set = field(default_factory=set)  # names of its late adapters, see `forward`
+    adapted: list = field(default_factory=list) # its layers that have an adapter, of `add_adapter`
+    folded: dict = field(default_factory=dict)  # layer -> its function while adapters are folded
 
 # %% ../nbs/04_model.ipynb #33430952
 def shipped()->dict:    # of name -> folder
@@ -66,6 +71,16 @@ def find_model(name=None):  # of what comes along, folder, hub name (owner/name)
     raise FileNotFoundError(f'no model {wanted!r}: it is no folder and no hub name '
                             f'(owner/name), and not one of {", ".join(known)}')
 
+# %% ../nbs/04_model.ipynb #d85baec0
+def _fp32_attention(module, query, key, value, *mask, **options):
+    "transformers' `sdpa`, in fp32 where products are in bf16: a CPU is slow at its bf16 gradient."
+    parts = [x.float() if x.dtype == torch.bfloat16 else x for x in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):
+        return sdpa_attention_forward(module, *parts, *mask, **options)
+
+AttentionInterface.register('sdpa_fp32', _fp32_attention)
+AttentionMaskInterface.register('sdpa_fp32', sdpa_mask)
+
 # %% ../nbs/04_model.ipynb #b2e19c71
 def _device(name):
     "A device that is there, by default a GPU if there is one; else ValueError."
@@ -76,13 +91,15 @@ def _device(name):
     return device
 
 def _weights_as(device, nf4):
-    "What from_pretrained is told about the weights."
+    "What from_pretrained is told about the weights, and on a CPU about attention."
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    if not nf4: return dict(dtype=dtype)
+    told = dict(dtype=dtype)
+    if device == 'cpu': told['attn_implementation'] = 'sdpa_fp32'
+    if not nf4: return told
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=['model.visual', 'lm_head'])
-    return dict(dtype=dtype, quantization_config=four_bits)
+    return dict(told, quantization_config=four_bits)
 
 # %% ../nbs/04_model.ipynb #7041df64
 @contextmanager
@@ -93,6 +110,14 @@ def _no_bars(hidden):
     try: yield
     finally:
         if hide: logging.enable_progress_bar()
+
+# %% ../nbs/04_model.ipynb #0090c3ec
+def _as_product(embed):
+    "Make the patch embedding of a model one product in place of a convolution."
+    conv = embed.proj
+    def forward(patches):
+        return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+    embed.forward = forward
 
 # %% ../nbs/04_model.ipynb #310fe7db
 def load(
@@ -114,6 +139,7 @@ def load(
             source, local_files_only=local, device_map=where, **_weights_as(where, nf4))
         processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    _as_product(model.model.visual.patch_embed)
     for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
         if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
     processor.size = {edge: min(processor.size[edge], max_pixels)
@@ -205,15 +231,19 @@ def question(
 
 # %% ../nbs/04_model.ipynb #143a1996
 def collate(
-    vlm,        # VLM
-    dialogues,  # B of them
-    left=True,  # pad on the left, to generate; else on the right, to train
-)->tuple:       # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
-    "A batch of dialogues, padded to the longest of them."
-    side = 'left' if left else 'right'
-    rows = [torch.tensor(d.ids) for d in dialogues]
-    ids = pad_sequence(rows, True, vlm.tokenizer.pad_token_id, side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    vlm,            # VLM
+    dialogues,      # B of them
+    before=None,    # B numbers: columns of padding before each; by default all end together
+):                  # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
+    "A batch of dialogues, padded to one length."
+    lengths = [len(d.ids) for d in dialogues]
+    before = before or [max(lengths) - n for n in lengths]
+    width = max(map(sum, zip(before, lengths)))
+    ids = torch.full((len(dialogues), width), vlm.tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, (d, start) in enumerate(zip(dialogues, before)):
+        ids[row, start:start + len(d.ids)] = torch.tensor(d.ids)
+        mask[row, start:start + len(d.ids)] = 1
     is_image = (ids == vlm.model.config.image_token_id).int()
     grids = [picture.grid for d in dialogues for picture in d.pictures]
     positions, _ = vlm.model.model.get_rope_index(
@@ -259,15 +289,32 @@ def second_look(
 _FORWARD = inspect.signature(Qwen3VLModel.forward).parameters
 _CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
 
+def _adapted_layers(vlm):
+    "Its layers that have an adapter, each with the names of those that act."
+    return {layer: [name for name in layer.active_adapters if name in layer.lora_B]
+            for layer in vlm.adapted}
+
+def acts_late(vlm)->bool:   # VLM
+    "Whether the adapter that acts is a late one."
+    return any(name in vlm.late for names in _adapted_layers(vlm).values() for name in names)
+
+# %% ../nbs/04_model.ipynb #717d1dc1
 @contextmanager
-def _late_adapters(vlm, late):
-    "What late adapters add counts only where `late`, (B, L) bool, is true."
+def _adapters(vlm, late):
+    "Late adapters act where `late`, (B, L) bool, is true; others everywhere, folded if they are."
     def gate(module, args, out): return out * late[..., None].to(out)
-    ends = tuple(f'.lora_B.{name}' for name in vlm.late)
-    parts = [part for name, part in vlm.model.named_modules() if name.endswith(ends)]
-    hooks = [part.register_forward_hook(gate) for part in parts]
+    layers = _adapted_layers(vlm)
+    everywhere = late.all() or not acts_late(vlm)
+    plain, hooks = {}, []
+    if everywhere: plain = vlm.folded
+    elif late.any() or torch.is_grad_enabled():
+        hooks = [layer.lora_B[name].register_forward_hook(gate)
+                 for layer, names in layers.items() for name in names]
+    else: plain = {layer: layer.get_base_layer().forward for layer in layers}
+    for layer, function in plain.items(): layer.forward = function
     try: yield
     finally:
+        for layer in plain: del layer.forward
         for hook in hooks: hook.remove()
 
 # %% ../nbs/04_model.ipynb #35309967
@@ -283,7 +330,7 @@ def forward(
     "One run of the network over a batch."
     if late is None and cache is not None: raise ValueError('a cache, but not where to be late')
     where = second_look(vlm, ids) if late is None else late
-    with _late_adapters(vlm, where):
+    with _adapters(vlm, where):
         return vlm.model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions,
             mm_encoder_outputs=features(vlm, pictures), use_cache=cache is not None,
@@ -310,6 +357,7 @@ def add_adapter(
     with warnings.catch_warnings():     # a second adapter is no accident
         warnings.filterwarnings('ignore', 'Already found a `peft_config`')
         functional.inject_adapter_in_model(config, vlm.model, name)
+    vlm.adapted[:] = [part for part in vlm.model.modules() if hasattr(part, 'lora_B')]
     use_adapter(vlm, name)
 
 # %% ../nbs/04_model.ipynb #93c22cd0
@@ -359,6 +407,18 @@ def _with_adapter(vlm, folder, about):
     if about['late']: vlm.late.add(name)
     loop = dict(about['loop'], fill=tuple(about['loop']['fill']))
     return replace(vlm, name=name, loop=loop)
+
+# %% ../nbs/04_model.ipynb #3808c946
+@contextmanager
+def fold(vlm):  # VLM
+    "While this is open, what an adapter adds is in the weights; for sampling, not for training."
+    for layer, names in _adapted_layers(vlm).items():
+        plain = layer.get_base_layer()
+        if plain.weight.dtype == torch.float32:
+            added = sum(layer.get_delta_weight(name) for name in names)
+            vlm.folded[layer] = partial(F.linear, weight=plain.weight + added, bias=plain.bias)
+    try: yield
+    finally: vlm.folded.clear()
 
 # %% ../nbs/04_model.ipynb #feee4771
 def _must_be_cached(name):

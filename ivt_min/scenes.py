@@ -10,8 +10,8 @@ __all__ = ['SIDE', 'DIALECTS', 'COLORS', 'RADII', 'KINDS', 'COMMON', 'PATTERNS',
 import math
 from dataclasses import dataclass, replace
 import numpy as np
-from PIL import Image, ImageDraw
-from .boxes import to_permille
+from PIL import Image, ImageColor, ImageDraw
+from .boxes import area, shared_area, to_permille
 from .core import Sample, rng
 
 # %% ../nbs/03_scenes.ipynb #e5cf424c
@@ -19,17 +19,16 @@ SIDE = 128  # of a picture, px
 _RAMP = np.linspace(-1, 1, SIDE)  # along a side
 DIALECTS = ('g', 'adv', 'l4')
 COLORS = dict(
-    red=(215, 45, 45),
-    orange=(240, 140, 25),
-    yellow=(240, 220, 50),
-    green=(45, 150, 60),
-    blue=(45, 90, 215),
-    purple=(145, 60, 185),
-    black=(28, 28, 28),
-    white=(250, 250, 250))
+    red='#d72d2d',
+    orange='#f08c19',
+    yellow='#f0dc32',
+    green='#2d963c',
+    blue='#2d5ad7',
+    purple='#913cb9',
+    black='#1c1c1c',
+    white='#fafafa')
+COLORS = {name: ImageColor.getrgb(code) for name, code in COLORS.items()}   # of three numbers
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
-_PARTS = 'size', 'pattern', 'color', 'kind'  # of a description, in the order of English
-_UNSAID = 'medium', 'plain'  # what a sentence does not mention
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
 def _ngon(n, turn=0., inner=1.):
@@ -96,8 +95,7 @@ class Thing:
     @property
     def area(self):
         "Of its box, square px."
-        x0, y0, x1, y1 = self.box
-        return (x1 - x0) * (y1 - y0)
+        return area(self.box)
 
 # %% ../nbs/03_scenes.ipynb #bd950f9f
 def _ground(rng):
@@ -136,7 +134,7 @@ def paint(
     things,     # Things, back to front
     rng,        # random generator of the ground and of shades
 ):              # (PIL image, owner's index of each pixel (H, W), Things with box and seen)
-    "The picture of some things; None if one of them cannot be seen at all."
+    "The picture of some things; the box of one that cannot be seen at all is None."
     pixels = _ground(rng)
     owner = np.full((SIDE, SIDE), -1, np.int8)
     masks = [_mask(thing) for thing in things]
@@ -149,7 +147,6 @@ def paint(
     done = []
     for i, thing in enumerate(things):
         left = owner == i
-        if not left.any(): return None
         box = Image.fromarray(left).getbbox()
         seen = float(left.sum() / masks[i].sum())
         done.append(replace(thing, box=box, seen=seen))
@@ -167,12 +164,14 @@ SEEN = .6                   # least visible share of a thing
 MARGIN = .06                # what differs by less is too close to call, fraction of the side
 
 # %% ../nbs/03_scenes.ipynb #f2b30fce
+def _frame(thing):
+    return (thing.x - thing.w, thing.y - thing.h,
+            thing.x + thing.w, thing.y + thing.h)
+
 def _overlap(a, b):
     "What two things share of the smaller frame, fraction."
-    w = min(a.x + a.w, b.x + b.w) - max(a.x - a.w, b.x - b.w)
-    h = min(a.y + a.h, b.y + b.h) - max(a.y - a.h, b.y - b.h)
     smaller = 4 * min(a.w * a.h, b.w * b.h)
-    return max(w, 0) * max(h, 0) / smaller
+    return shared_area(_frame(a), _frame(b)) / smaller
 
 # %% ../nbs/03_scenes.ipynb #4b5eb9b6
 def _place(kind, color, pattern, size, things, rng):
@@ -230,11 +229,14 @@ def _first(things, key, margin=MARGIN * SIDE, rank=0):
     "The thing of a rank by `key`; None if another is within `margin` of it, or there is no other."
     order = sorted(things, key=key)
     if len(order) <= max(rank, 1): return None
-    place = key(order[rank])
-    gaps = [abs(key(o) - place) for o in order if o is not order[rank]]
-    return order[rank] if min(gaps) >= margin else None
+    chosen = order[rank]
+    gaps = [abs(key(o) - key(chosen)) for o in order if o is not chosen]
+    return chosen if min(gaps) >= margin else None
 
 # %% ../nbs/03_scenes.ipynb #8bca865f
+_PARTS = 'size', 'pattern', 'color', 'kind'  # of a description, in the order of English
+_UNSAID = 'medium', 'plain'  # what a sentence does not mention
+
 def describe(
     thing,          # a Thing
     parts=_PARTS,   # which of its attributes may be said
@@ -261,36 +263,38 @@ def name_of(
     return None
 
 # %% ../nbs/03_scenes.ipynb #666f0b55
-def _left(o): return _sure(.44 * SIDE - o.center[0])
-def _right(o): return _sure(o.center[0] - .56 * SIDE)
-def _top(o): return _sure(.44 * SIDE - o.center[1])
-def _bottom(o): return _sure(o.center[1] - .56 * SIDE)
+DIRECTIONS = dict(  # axis, sign
+    left=(0, -1), right=(0, 1),
+    top=(1, -1), bottom=(1, 1))
+
+def _toward(side):
+    "The test whether a thing lies on that side of the picture."
+    axis, sign = DIRECTIONS[side]
+    return lambda o: _sure(sign * (o.center[axis] - (.5 + .06 * sign) * SIDE))
+
 def _middle(o):
     off = max(abs(v - SIDE / 2) for v in o.center)
     return _sure(.17 * SIDE - off, .05)
 
 # %% ../nbs/03_scenes.ipynb #4edbcef5
+_LEFT, _RIGHT, _TOP, _BOTTOM = map(_toward, DIRECTIONS)
 PLACES = {
-    'on the left': [_left],
-    'on the right': [_right],
-    'at the top': [_top],
-    'at the bottom': [_bottom],
-    'in the top left corner': [_top, _left],
-    'in the top right corner': [_top, _right],
-    'in the bottom left corner': [_bottom, _left],
-    'in the bottom right corner': [_bottom, _right],
+    'on the left': [_LEFT],
+    'on the right': [_RIGHT],
+    'at the top': [_TOP],
+    'at the bottom': [_BOTTOM],
+    'in the top left corner': [_TOP, _LEFT],
+    'in the top right corner': [_TOP, _RIGHT],
+    'in the bottom left corner': [_BOTTOM, _LEFT],
+    'in the bottom right corner': [_BOTTOM, _RIGHT],
     'in the middle': [_middle]}
-RELATIONS = {   # axis, sign
-    'left of': (0, -1),
-    'right of': (0, 1),
-    'above': (1, -1),
-    'below': (1, 1)}
+RELATIONS = dict(zip(('left of', 'right of', 'above', 'below'), DIRECTIONS.values()))
 
 # %% ../nbs/03_scenes.ipynb #94277479
-def _stands(relation, mark):
-    "The test whether a thing is, say, left of a landmark."
+def _stands(relation, mark, way=1):
+    "The test whether a thing is, say, left of a landmark; that it is not, where `way` is -1."
     axis, sign = RELATIONS[relation]
-    return lambda o: o is not mark and _sure(sign * (o.center[axis] - mark.center[axis]))
+    return lambda o: o is not mark and _sure(way * sign * (o.center[axis] - mark.center[axis]))
 
 # %% ../nbs/03_scenes.ipynb #e7d71f03
 def _ask_g(thing, things, rng):
@@ -316,12 +320,9 @@ def _by_mark(style, same, relation, mark, name):
     "What a sentence says of one of the same kind by a landmark, and the thing that it means."
     if name is None: return '', None
     rest = [o for o in same if o is not mark]
-    stands = _stands(relation, mark)
-    if style < 2: return f'{relation} the {name}', _only(rest, stands)
+    if style < 2: return f'{relation} the {name}', _only(rest, _stands(relation, mark))
     if style == 2:
-        denied = {True: False, False: True, None: None}
-        said = f'that is not {relation} the {name}'
-        return said, _only(rest, lambda o: denied[stands(o)])
+        return f'that is not {relation} the {name}', _only(rest, _stands(relation, mark, -1))
     return f'closest to the {name}', _first(rest, lambda o: math.dist(o.center, mark.center))
 
 # %% ../nbs/03_scenes.ipynb #5ff98282
@@ -340,19 +341,20 @@ def _by_denial(style, same, rival, colors):
 def _ask_adv(thing, things, rng):
     "One of several things of a kind."
     style = rng.integers(8)
-    same = [o for o in things if o.kind == thing.kind]
-    rivals = [o for o in same if o is not thing]
+    others = [o for o in things if o is not thing]
+    rivals = [o for o in others if o.kind == thing.kind]
     if not rivals: return '', None
-    mark = _pick(rng, [o for o in things if o is not thing])
+    mark = _pick(rng, others)
     name = name_of(mark, things)
     relation = _pick(rng, RELATIONS)
     rival = _pick(rng, rivals)
+    same = [thing, *rivals]
     if style == 7:
-        alike = [o for o in things if o.color == thing.color]
-        if len(alike) < 2: return '', None
-        wrong = _pick(rng, [o for o in alike if o is not thing]).kind
+        alike = [o for o in others if o.color == thing.color]
+        if not alike: return '', None
+        wrong = _pick(rng, alike).kind
         text = f'the {thing.color} object that is not a {wrong}'
-        return text, _only(alike, lambda o: o.kind != wrong)
+        return text, _only([thing, *alike], lambda o: o.kind != wrong)
     if style < 4:
         said, meant = _by_mark(style, same, relation, mark, name)
     else:
@@ -360,24 +362,19 @@ def _ask_adv(thing, things, rng):
         said, meant = _by_denial(style, same, rival, colors)
     return f'the {thing.kind} {said}', meant
 
-# %% ../nbs/03_scenes.ipynb #967b74e0
-_SIDES = dict(  # word, axis, sign
-    left=('leftmost', 0, 1),
-    right=('rightmost', 0, -1),
-    top=('top', 1, 1),
-    bottom=('bottom', 1, -1))
-
 # %% ../nbs/03_scenes.ipynb #ae439cb5
 def _ask_l4(thing, things, rng):
     "A place, a rank or a size among the things of a plain name."
     parts = _pick(rng, [('kind',), ('color', 'kind'), ('color',), ()])
     style = rng.integers(5)
-    side = _pick(rng, _SIDES)
+    side = _pick(rng, DIRECTIONS)
     name = describe(thing, parts)
     group = [o for o in things if _has(thing, parts)(o)]
-    word, axis, sign = _SIDES[side]
-    def along(o): return sign * o.center[axis]
-    if style == 0: return f'the {word} {name}', _first(group, along)
+    axis, sign = DIRECTIONS[side]
+    def along(o): return -sign * o.center[axis]
+    if style == 0:
+        word = side if axis else f'{side}most'
+        return f'the {word} {name}', _first(group, along)
     if style == 1 and len(group) > 2:
         return f'the second {name} from the {side}', _first(group, along, rank=1)
     if style == 2:
@@ -400,9 +397,7 @@ def draw_scene(
     "Draw until a scene shows enough of each thing and has sentences that single one out."
     ask = dict(g=_ask_g, adv=_ask_adv, l4=_ask_l4)[dialect]
     while True:
-        painted = paint(arrange(dialect, rng), rng)
-        if painted is None: continue
-        image, owners, things = painted
+        image, owners, things = paint(arrange(dialect, rng), rng)
         if len(things) < 2 or min(o.seen for o in things) < SEEN: continue
         asked = {}
         for _ in range(8 * questions):

@@ -8,12 +8,13 @@ __all__ = ['PAPER', 'SFT', 'Row', 'make_row', 'sft_loss', 'train_sft']
 # %% ../nbs/11_sft.ipynb #f9980297
 import math
 from dataclasses import asdict, dataclass, replace
+import torch
 from .core import rng
 from .boxes import format_box
-from .model import Dialogue, encode
+from .model import Dialogue, encode, encode_pictures
 from .answer import Turn, closed, score
 from .loop import Loop, rollout, transcript
-from .train import Run, fingerprint
+from .train import Run, fingerprint, quick_bf16
 
 # %% ../nbs/11_sft.ipynb #a8ca85ab
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class SFT:
     nf4: bool = False       # whether the base is loaded in 4 bits
     rank: int = 64          # of LoRA's matrices
     alpha: int = 64         # LoRA's scale is alpha / rank
-    vision: bool = False    # whether the vision tower gets an adapter, too
     reasoning: bool = True  # whether reasoning is learned, or boxes alone
     late: bool = False      # whether the adapter acts from the second picture on: step 0 stays
     new_ids: tuple = ()     # ids whose embeddings are learned, too: words that the base never met
@@ -32,13 +32,14 @@ class SFT:
     clip: float = 1.        # most that the gradient's norm may be
     batch: int = 32         # dialogues an update
     micro: int = 16         # dialogues a forward; changes the memory, not the result
+    bf16: bool = quick_bf16()   # whether products with frozen weights are in bf16
     steps: int = 300        # updates
     every: int = 100        # updates between checkpoints
     seed: int = 0           # of the adapter's first weights, and of the order
 
 PAPER = SFT(    # all but T, NF4 and rank is ours
     Loop(steps=2, max_tokens=128), nf4=True, rank=64, alpha=128,
-    lr=1e-4, warmup=10, batch=16, micro=1, steps=175, every=25)
+    lr=1e-4, warmup=10, batch=16, micro=1, bf16=False, steps=175, every=25)
 
 # %% ../nbs/11_sft.ipynb #e2633246
 @dataclass(frozen=True)
@@ -91,10 +92,33 @@ def sft_loss(
     vlm,    # VLM
     rows,   # list of Row, those of a forward
     n,      # learned ids of the whole update
+    bf16=False,     # as for `score`
 ):
     "Cross-entropy of the learned ids: their sum over the number of the whole update."
-    logp = score(vlm, [row.dialogue for row in rows], [row.mask for row in rows])   # (N,)
+    masks = [row.mask for row in rows]
+    logp = score(vlm, [row.dialogue for row in rows], masks, bf16=bf16)     # (N,)
     return -logp.sum() / n
+
+# %% ../nbs/11_sft.ipynb #f49dab1a
+@torch.no_grad()
+def _seen(vlm, row, bf16):
+    "The same row; of its pictures only what the frozen vision tower makes of them."
+    with torch.autocast(vlm.model.device.type, torch.bfloat16, enabled=bf16):
+        seen = encode_pictures(vlm, list(row.dialogue.pictures))
+    pictures = tuple(replace(picture, patches=None) for picture in seen)
+    return replace(row, dialogue=replace(row.dialogue, pictures=pictures))
+
+# %% ../nbs/11_sft.ipynb #373ca073
+_ROOM = 2**30   # bytes of rows that are kept
+
+def _rows(vlm, s, lessons, which, kept):
+    "The rows of some lessons, by their numbers; `kept` holds those that were made before."
+    new = [i for i in which if i not in kept]
+    made = [_seen(vlm, make_row(vlm, s, *lessons[i]), s.bf16) for i in new]
+    rows = kept | dict(zip(new, made))
+    pictures = [p for row in rows.values() for p in row.dialogue.pictures]
+    if sum(t.nbytes for p in pictures for t in p.vision_features) < _ROOM: kept.update(rows)
+    return [rows[i] for i in which]
 
 # %% ../nbs/11_sft.ipynb #b2f26aa6
 def train_sft(
@@ -108,16 +132,16 @@ def train_sft(
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
     run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), lessons=told))
+    kept = {}   # number of a lesson -> its row
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
-        order = rng('sft', s.seed, epoch).permutation(len(lessons))
-        batch = [lessons[i] for i in order[k * s.batch:(k + 1) * s.batch]]
-        rows = [make_row(vlm, s, sample, trace) for sample, trace in batch]
+        order = rng('sft', s.seed, epoch).permutation(len(lessons)).tolist()
+        rows = _rows(vlm, s, lessons, order[k * s.batch:(k + 1) * s.batch], kept)
         rows.sort(key=lambda row: len(row.mask))    # rows of like length share a forward
         n = sum(sum(row.mask) for row in rows)
         total = 0.
         for k in range(0, len(rows), s.micro):
-            loss = sft_loss(vlm, rows[k:k + s.micro], n)
+            loss = sft_loss(vlm, rows[k:k + s.micro], n, s.bf16)
             loss.backward()
             total += loss.item()
         run.note(ids=n, **run.move(total))          # clip, step, log

@@ -7,7 +7,7 @@ __all__ = ['PROMPT', 'words_for', 'prompted_teacher', 'served_teacher']
 
 # %% ../nbs/22_teachers.ipynb #c8a50211
 import base64, hashlib, io, json, os, re, threading, time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from urllib.request import HTTPError, Request, urlopen
 from .core import append_jsonl, read_jsonl
 
@@ -70,9 +70,8 @@ def _post(url, body, key, timeout, tries):
 # %% ../nbs/22_teachers.ipynb #dce29968
 def _answered(cache):
     "What the file of answers holds, key -> text; a torn last line is cut off."
-    data = open(cache, 'rb').read() if os.path.exists(cache) else b''
-    if not data: return {}
-    if not data.endswith(b'\n'): os.truncate(cache, data.rfind(b'\n') + 1)
+    if not os.path.exists(cache): return {}
+    with open(cache, 'rb+') as f: f.truncate(f.read().rfind(b'\n') + 1)
     return {row['key']: row['text'] for row in read_jsonl(cache)}
 
 # %% ../nbs/22_teachers.ipynb #876b3b53
@@ -99,9 +98,6 @@ def served_teacher(
             if text is None: return
             with lock: append_jsonl(cache, dict(key=name, text=text))
             known[name] = text
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for job in as_completed([pool.submit(fetch, name) for name in todo]): job.result()
-            finally: pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(workers) as pool: list(pool.map(fetch, todo))   # raises as fetch
         return [known.get(name) for name in names]
     return teacher

@@ -110,7 +110,7 @@ _SIZES = dict(      # how a word begins -> the edges that say the size, and the 
     larg=(_ALL, 1), big=(_ALL, 1), small=(_ALL, -1))
 
 # %% ../nbs/09_traces.ipynb #a602dafe
-_TOKEN = re.compile(r'''
+_TOKEN = re.compile(r'''(?aix)
     \b(?:
     (?P<edge> left|right|top|bottom|upper|lower) (?:[ -]hand)? [ ](?:edge|side)s? |
     (?P<box> box|it) |
@@ -119,7 +119,7 @@ _TOKEN = re.compile(r'''
     (?P<more> high|low|wid|narrow|tall|short|larg|big|small) g?er |
     (?P<keep> fits|keep|good) |
     (?P<way> left|right|up|down) (?:wards?)?
-    )\b''', re.VERBOSE | re.IGNORECASE | re.ASCII)
+    )\b''')
 
 # %% ../nbs/09_traces.ipynb #e00c870b
 def _size(box, edges):
@@ -150,21 +150,20 @@ def statements(
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup
         word = match[kind].lower().rstrip('e')
-        if kind in ('edge', 'box'):
-            edge = _EDGES.get(word)
-            continue
-        judged, true, edges = _judge(kind, word, edge, box, target)
-        said.append((judged, match[0], true, [*edges]))
+        if kind in ('edge', 'box'): edge = _EDGES.get(word)
+        else:
+            judged, true, edges = _judge(kind, word, edge, box, target)
+            said.append((judged, match[0], true, edges))
     return said
 
 # %% ../nbs/09_traces.ipynb #1d6f2acb
-_NEGATION = re.compile(r"\b(not|no|never|neither|nor|without)\b|n't\b", re.IGNORECASE)
-_GRAMMAR = re.compile(r'''
+_NEGATION = re.compile(r"(?i)\b(not|no|never|neither|nor|without)\b|n't\b")
+_GRAMMAR = re.compile(r'''(?x)
     ^[^A-Z] |                       # does not begin with a capital
     [^A-Za-z0-9 ,.;:'-] |           # a character that no plain sentence has
     [^.]$ |                         # does not end with a full stop
     \b(?i:(\w+)[ ]\1)\b            # a word twice
-    ''', re.VERBOSE)
+    ''')
 
 # %% ../nbs/09_traces.ipynb #4e21b578
 def check(
@@ -199,10 +198,10 @@ def write_traces(
     images = {x.id: x.image for x in samples}
     looks = []
     for t in trajectories:
-        way = [t.boxes[0], *interpolate(t.boxes[0], t.truth, steps)]
-        for k in range(steps):
-            looks.append(Look(
-                images[t.id], t.expression, way[k], way[k + 1], key=(t.id, k)))
+        box = t.boxes[0]
+        for k, target in enumerate(interpolate(box, t.truth, steps)):
+            looks.append(Look(images[t.id], t.expression, box, target, key=(t.id, k)))
+            box = target
     texts = list(teacher(looks))
     faults = [check(text, look.box, look.target)
               for text, look in zip(texts, looks, strict=True)]

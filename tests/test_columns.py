@@ -214,7 +214,7 @@ def test_unknown_choices_are_refused():
 @FUZZ
 @given(a_run(), st.integers(0, 99))
 def test_the_rule_is_the_best_on_average_and_the_first_of_equals(made, seed):
-    means = {rule: mean(slow_score(made, rule)) for rule in RULES}
+    means = {rule: round(mean(slow_score(made, rule)), 9) for rule in RULES}    # ties are ties
     assert choose_rule(made) == first_best(list(RULES), means.get)
     assert choose_rule(shuffled(made, seed)) == choose_rule(made)
 

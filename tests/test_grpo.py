@@ -23,7 +23,7 @@ from ivt_min.grpo import GRPO, advantage, reference_logps, collect_rollouts, grp
 
 torch.set_num_threads(1)
 TINY = GRPO(Loop(steps=1, max_tokens=8, temperature=1.2), prompts=2, group=3, steps=1, every=1,
-            warmup=1, micro=2, lr=1e-2)
+            warmup=1, micro=2, bf16=False, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +183,15 @@ def test_a_prompt_is_read_once_for_its_whole_group(vlm, monkeypatch):
     finally: hook.remove()
     starts = [r.mask.index(1) for r in rows]
     first, *rest = read
-    assert looks == [2, 8] and first == (2, max(starts))    # later pictures are each member's own
+    unlike = len({(e.sample.id, e.turns[0].ids, e.drawn) for e in episodes})
+    assert 2 < unlike < 8 and looks == [2, unlike]  # members that said the same share what is read
+    assert first == (2, max(starts))
     [(every, new)] = [x for x in rest if x[1] > 1]
-    assert every == 8 and new < max(starts) + 8 and {x[0] for x in rest} == {8}
+    assert every == unlike and new < max(starts) + 8 and max(x[0] for x in rest) == 8
     logps(vlm, rows, s)
-    assert looks == [2, 8]      # nothing is seen again
+    assert looks == [2, unlike]     # nothing is seen again
     logps(vlm, [transcript(vlm, s.loop, e) for e in episodes], replace(s, micro=8))
-    assert looks == [2, 8, 16]
+    assert looks == [2, unlike, 16]
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -202,14 +204,15 @@ def test_the_head_needs_the_same_memory_for_any_length(monkeypatch, learn):
         hidden = torch.randn(1, n + 1, 16, requires_grad=learn)
         monkeypatch.setattr(vlm.model.model, "forward", lambda **kw: (hidden,))
         with torch.profiler.profile(profile_memory=True) as p:
-            loss = score(vlm, [Dialogue((5,) * (n + 1))], [(0,) + (1,) * n], chunk=64).sum()
+            loss = score(vlm, [Dialogue((5,) * (n + 1))], [(0,) + (1,) * n]).sum()
             if learn: loss.backward()
         told = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
         sizes = [e.nbytes() for e in sorted(told, key=lambda e: e.start_ns())]
         return max(np.cumsum(sizes)) - 2 * hidden.nbytes
 
     few, many = peak(512), peak(4096)
-    assert few >= 64 * 50_000 * 4 and many < 1.3 * few
+    logits = 128 * 50_000 * 4   # bytes of one chunk
+    assert logits <= few < 3 * logits and many < 1.1 * few
 
 
 # ---- the run

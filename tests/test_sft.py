@@ -22,7 +22,7 @@ from ivt_min.sft import SFT, make_row, train_sft
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-TINY = SFT(rank=4, alpha=4, batch=3, micro=2, steps=4, warmup=1, every=2, lr=3e-3)
+TINY = SFT(rank=4, alpha=4, batch=3, micro=2, bf16=False, steps=4, warmup=1, every=2, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def test_a_text_that_the_loop_would_not_read_so_is_refused(vlm, traced, texts):
 
 # ---- the adapter and the loss
 
-@pytest.mark.parametrize("vision", [False, True])
-def test_only_what_was_asked_for_moves_and_pictures_are_seen_once(tmp_path, monkeypatch, vision):
-    s, seen = replace(TINY, vision=vision, steps=1), []
+@pytest.mark.parametrize("bf16", [False, True])
+def test_only_what_was_asked_for_moves_and_pictures_are_seen_once(tmp_path, monkeypatch, bf16):
+    s, seen = replace(TINY, bf16=bf16, steps=3), []     # three epochs
     vlm, params = fresh(s)
     before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
     inner = vlm.model.model.get_image_features
@@ -134,12 +134,12 @@ def test_only_what_was_asked_for_moves_and_pictures_are_seen_once(tmp_path, monk
         return out
 
     monkeypatch.setattr(vlm.model.model, "get_image_features", spy)
-    assert any("visual" in n for n in params) == vision
+    assert not any("visual" in n for n in params)
     assert all(p.dtype == torch.float32 for p in params.values())
     train_sft(vlm, params, singles(3), s, tmp_path)
-    assert seen == [vision] * 3         # a frozen tower leaves no graph
+    assert seen == [False] * 3          # a frozen tower leaves no graph
     moved = {n for n, p in vlm.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n in params if "lora_B" in n}    # A follows when B is no longer zero
+    assert moved == set(params)
     save_adapter(vlm, "x", tmp_path / "x", s.loop)
     ours, base = load(tmp_path / "x", device="cpu"), load(device="cpu")
     peft = PeftModel.from_pretrained(base.model, tmp_path / "x").base_model.model
