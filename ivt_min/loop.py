@@ -90,7 +90,7 @@ def _start(sample, key):
 
 def _like(sample):
     "What is alike in samples that are read together with little padding."
-    return getattr(sample.image, 'size', ()), len(str(sample.expression))
+    return str(getattr(sample.image, 'size', '')), len(str(sample.expression))
 
 def _heard(episode, turn):
     "An episode after one more turn."
