@@ -237,7 +237,7 @@ def generate(
     max_tokens=64,  # budget of an answer, tokens
     temperature=0., # 0 is greedy
     keys=None,      # as for `answer`
-)->list:            # of B Turns
+):                  # list of B Turns
     "Answers to a batch of dialogues, each up to a stop token."
     return answer(vlm, dialogues, None, max_tokens, temperature, keys)[0]
 

@@ -14,7 +14,7 @@ def to_permille(
     box,        # (x0, y0, x1, y1), px
     width,      # of the picture, px
     height,     # of the picture, px
-)->tuple:       # (x0, y0, x1, y1), permille
+):              # (x0, y0, x1, y1), permille
     "A box in pixels as one in permille."
     return tuple(v * 1000 / side for v, side in zip(box, (width, height) * 2))
 
@@ -23,7 +23,7 @@ def to_pixels(
     box,        # (x0, y0, x1, y1), permille
     width,      # of the picture, px
     height,     # of the picture, px
-)->tuple:       # (x0, y0, x1, y1), px
+):              # (x0, y0, x1, y1), px
     "A box in permille as one in pixels."
     return tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2))
 
@@ -52,7 +52,7 @@ def shared_area(
 def iou(
     a,          # (x0, y0, x1, y1) or None
     b,          # the same, in the same unit
-)->float:       # 0 to 1
+):              # 0 to 1
     "Intersection over union of two boxes; 0 where one is missing or has no area."
     if a is None or b is None: return 0.
     both = shared_area(a, b)

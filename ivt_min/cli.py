@@ -7,55 +7,24 @@ from .core import data_path, read_json, settings_hash, write_json
 RULE = 'confident'  # the label-free one where no rows choose it
 RUNS = ('base', 'naive', 'sft_errors', 'sft-s1', 'grpo-s1', 'look-s0', 'look_single')  # README's
 
-def film_of(
-    sample,     # core.Sample
-    untrained,  # its Episode
-    trained,    # its Episode
-):              # render.Picture
-    "One scene, untrained and trained: a picture and an IoU a step; the same in words is printed."
-    from .boxes import iou
-    from .render import filmstrip
-    texts = []
-    for name, episode in (('untrained', untrained), ('trained', trained)):
-        for t, box in enumerate(episode.boxes):
-            texts.append(f'{name}, step {t}: IoU {iou(box, sample.truth):.2f}')
-    print(sample.expression, *texts, sep='\n  ')
-    boxes = [*untrained.boxes, *trained.boxes]
-    return filmstrip(sample.image, boxes, sample.truth, texts, sample.expression, side=150)
-
-def demo_scenes(
-    run,    # name of a stored run
-    n,      # number of scenes
-):          # list of Sample
-    "Of the test scenes: the first that the run mends, the first that it breaks, the first others."
-    from .evaluate import hits, ious, read_run
-    from .scenes import split
-    done = read_run(data_path(f'runs/{run}'))
-    before, after = (hits(ious(done, step), .5) for step in (0, -1))
-    mended = (after & ~before).nonzero()[0].tolist()
-    broken = (before & ~after).nonzero()[0].tolist()
-    print(f'The loop {run} on {len(done)} test scenes: {len(mended)} boxes mended (IoU from below '
-          f'0.5 to above), {len(broken)} broken.\nShown: the first of each, and the first others.')
-    samples = split('test')
-    chosen = dict.fromkeys([*mended[:1], *broken[:1], *range(n)])   # each once
-    return [samples[i] for i in chosen][:n]
-
 def demo(args):     # of the command line
-    "Show what the loop does, untrained and trained, and the results."
+    "Show what the loop does to the first test scenes, and the results."
+    from .boxes import iou
     from .columns import four_columns
     from .loop import free_cores, loop_of, model_policy, rollout
-    from .model import find_model, load
-    from .render import stack
+    from .model import load
+    from .render import filmstrip, stack
+    from .scenes import split
     writable(args.out)
-    run = read_json(find_model('sft')/'ivt.json')['run']
-    samples = demo_scenes(run, args.n)
-    episodes = []
+    films = []
     with free_cores():
-        for name in (None, args.model):
-            vlm = load(name, args.device)
-            loop = loop_of(vlm, args.steps)
-            episodes.append(rollout(model_policy(vlm, loop), samples, loop))
-    stack([film_of(*row) for row in zip(samples, *episodes)]).save(args.out)
+        vlm = load(args.model, args.device)
+        loop = loop_of(vlm, args.steps)
+        for e in rollout(model_policy(vlm, loop), split('test', args.n), loop):
+            texts = [f'step {t}: IoU {iou(b, e.sample.truth):.2f}' for t, b in enumerate(e.boxes)]
+            print(e.sample.expression, *texts, sep='\n  ')
+            films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression))
+    stack(films).save(args.out)
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
     print('Acc@0.5 on the test scenes; oracle picks the best step with the labels: no method')
     rows = read_json(data_path('runs/results.json'))
@@ -201,7 +170,7 @@ def writable(path):     # file
     except OSError as e: raise ValueError(f'{path}: cannot be written ({e.strerror})') from None
 
 COMMANDS = dict(    # its function, what it is for, an example
-    demo=(demo, 'what the loop does to a few scenes, untrained and trained, and the results',
+    demo=(demo, 'what the loop does to a few scenes, and the results',
           'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
     refine=(refine, 'find what the words mean in one picture or many',
             'ivt_min refine data/examples/scene-0.png "the large red star" --json'),

@@ -51,7 +51,7 @@ RULES = dict(
 def pick(
     t,      # a Trajectory
     rule,   # one of RULES, else ValueError
-)->tuple:   # a box, permille, or None
+):          # a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
     if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
     return RULES[rule](t.boxes, t.confidences) if _read(t.boxes) else None
@@ -65,7 +65,7 @@ def oracle(t):  # a Trajectory
 def single(
     trajectories,   # list of Trajectory
     choice,         # 'step 0', 'oracle' or one of RULES
-)->list:            # of Trajectory
+):                  # list of Trajectory
     "The trajectories with one box each, the one that is chosen."
     def chosen(t):
         if choice == 'step 0': return t.boxes[0]
@@ -88,7 +88,7 @@ def columns(
     val,    # list of Trajectory: those that choose the rule; ValueError where they share an id
     seed=0, # of the bootstrap
     rule=None,  # one of RULES that was fixed beforehand; then nothing is chosen
-)->list:    # of dicts as of `metrics`; those of the label-free column also with the rule
+):          # list of dicts as of `metrics`; those of the label-free column also with the rule
     "Step 0 | last | label-free | oracle."
     both = {t.id for t in test} & {t.id for t in val}
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
@@ -143,7 +143,7 @@ def dynamics(
     run,            # its name
     trajectories,   # list of Trajectory
     seed=0,         # of the bootstrap
-)->list:            # of dicts as of `metrics`
+):                  # list of dicts as of `metrics`
     "Means of `per_sample`, column 'dynamics', over all samples and for each source that has any."
     sources = [t.source for t in trajectories]
     return part_rows(run, 'dynamics', per_sample(trajectories), [sources], seed)
@@ -153,7 +153,7 @@ def paired(
     old,    # (n,)
     new,    # (n,), of the same samples in the same order, else ValueError
     seed=0, # of the bootstrap
-)->tuple:   # mean, low, high
+):          # mean, low, high
     "The mean of new - old with its 95 % bootstrap interval over samples."
     old, new = np.asarray(old, float), np.asarray(new, float)
     if old.shape != new.shape: raise ValueError(f'{len(old)} values against {len(new)}')
@@ -163,7 +163,7 @@ def paired(
 def mcnemar(
     old,    # (n,) bool
     new,    # (n,) bool, of the same samples in the same order
-)->float:   # p, 1 where they never differ
+):          # p, 1 where they never differ
     "McNemar's exact two-sided p: how likely so uneven a split of wins and losses is by chance."
     wins = int(np.greater(new, old).sum())
     losses = int(np.greater(old, new).sum())
@@ -185,7 +185,7 @@ def compare(
     new,        # list of Trajectory with one box each, as of `single`
     old,        # the same of the old ones: same samples in the same order, else ValueError
     seed=0,     # of the bootstrap
-)->list:        # dicts as of `metrics`; those of accuracies also with p, wins, losses
+):              # dicts as of `metrics`; those of accuracies also with p, wins, losses
     "What the new answers score above the old ones, sample by sample."
     _same_questions(run, against, new, old)
     before, after = ious(old), ious(new)

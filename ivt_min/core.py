@@ -175,7 +175,7 @@ def settings_hash(settings):  # dataclass or dict
 def stored(
     path,       # JSON file with a "settings_hash"; may be missing
     settings,   # dataclass or dict
-)->bool:        # False also where IVT_RERUN=1
+):              # False also where IVT_RERUN=1
     "Whether a file holds the result of these settings."
     rerun = os.environ.get('IVT_RERUN', '0') not in ('', '0')
     if rerun or not Path(path).exists(): return False

@@ -54,7 +54,7 @@ def true_box(
     width,          # of the upright picture, px
     height,         # of the upright picture, px
     convention,     # 'xyxy px' or 'xywh px'
-)->tuple:           # ((x0, y0, x1, y1) in permille, whether a rim of at most 1 px was cut off)
+):                  # ((x0, y0, x1, y1) in permille, whether a rim of at most 1 px was cut off)
     "A box of a data set in permille; raises ValueError where it is none of that convention."
     numbers = isinstance(box, (list, tuple)) and {*map(type, box)} <= {int, float}
     _must(numbers and len(box) == 4 and all(abs(v) < 1e9 for v in box), 'not four finite numbers')
@@ -143,7 +143,7 @@ def read_ref_adv_s(
     images=None,    # folder of the pictures, for rows that only name them
     n=None,         # how many rows there must be
     layout=REF_ADV_S,   # of the rows
-)->list:            # of Sample; raises ValueError that names the file, the row and the field
+):                  # list of Sample; raises ValueError that names the file, the row and the field
     "The samples of Ref-Adv-s, or of a set of another layout."
     if not isinstance(rows, (str, Path)): return _samples(rows, 'rows', images, n, layout)
     read = read_json if Path(rows).suffix == '.json' else read_jsonl
@@ -176,7 +176,7 @@ def read_rows(
 def scan(
     samples,    # list of Sample
     skip=False, # whether those that are unusable are left out; else they are a ValueError
-)->tuple:       # list of the usable Samples; a dict, id of another -> reason
+):              # list of the usable Samples; a dict, id of another -> reason
     "The samples whose pictures open, in the size of their row."
     sizes, reasons = {}, {}
     for x in samples:

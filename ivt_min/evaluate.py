@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ious', 'hits', 'acc', 'macc', 'bootstrap', 'target_size', 'result_row', 'part_rows', 'metrics', 'Table',
-           'table', 'read_run', 'update_results']
+           'table', 'read_run']
 
 # %% ../nbs/07_evaluate.ipynb #f886de56
 from collections import Counter
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .boxes import area, iou
-from .core import from_row, read_json, read_jsonl, rng, write_json
+from .core import from_row, read_jsonl, rng
 
 # %% ../nbs/07_evaluate.ipynb #f2aeb278
 def ious(
@@ -57,7 +57,7 @@ def bootstrap(
     values,     # (n,), finite, else ValueError
     seed=0,     # of the draws
     n_boot=2000,    # how many means are drawn
-)->tuple:       # mean, low, high
+):              # mean, low, high
     "The mean of `values` with its 95 % percentile interval over samples."
     values = np.sort(np.asarray(values, float))
     n = len(values)
@@ -84,7 +84,7 @@ def result_row(
     metric,     # name of the metric
     values,     # (n,), finite, else ValueError
     seed=0,     # of the bootstrap
-)->dict:        # with run, column, metric, value, low, high, n
+):              # dict with run, column, metric, value, low, high, n
     "A row of the results: the mean of the values and its interval, to six digits."
     value, low, high = [round(x, 6) for x in bootstrap(values, seed)]
     return dict(run=run, column=column, metric=metric,
@@ -97,7 +97,7 @@ def part_rows(
     values,     # dict, name of a metric -> (n,); NaN where it does not apply
     labels,     # lists of n texts; the samples of one label are a part
     seed=0,     # of the bootstrap
-)->list:        # of dicts as of `result_row`; for a part, /label stands after the metric
+):              # list of dicts as of `result_row`; for a part, /label stands after the metric
     "The means over all samples and over each part, where there are values."
     parts = {'': np.full(len(labels[0]), True)}     # what stands after the metric -> (n,) bool
     for texts in labels:
@@ -118,7 +118,7 @@ def metrics(
     step=0,             # which of their boxes
     column='step 0',    # what that box is called in the table
     seed=0,             # of the bootstrap
-)->list:                # of dicts as of `result_row`
+):                      # list of dicts as of `result_row`
     "The results of a run: over all samples, for each source, for each size of target."
     if not trajectories: raise ValueError(f'{run}: no samples')
     score = ious(trajectories, step)
@@ -171,7 +171,7 @@ def read_run(
     folder,         # of the run
     split='test',   # which samples it answers
     n=None,         # how many there must be
-)->list:            # of Trajectory; raises ValueError that names the file and what is wrong
+):                  # list of Trajectory; raises ValueError that names the file and what is wrong
     "The trajectories of a run."
     path = Path(folder)/f'{split}.jsonl'
     try: done = [from_row(row) for row in read_jsonl(path)]
@@ -180,16 +180,3 @@ def read_run(
     if twice: raise ValueError(f'{path}: more than once: {", ".join(twice[:5])}')
     if n not in (None, len(done)): raise ValueError(f'{path}: {len(done)} samples, not {n}')
     return done
-
-# %% ../nbs/07_evaluate.ipynb #f907b873
-def update_results(
-    path,   # of results.json, is made
-    rows,   # dicts as of `result_row`
-)->list:    # of all rows that it now holds
-    "Replace what the file holds of the same runs and columns."
-    def key(row): return row['run'], row['column']
-    new = {key(row) for row in rows}
-    old = read_json(path) if Path(path).exists() else []
-    both = sorted([row for row in old if key(row) not in new] + list(rows), key=key)
-    if both != old: write_json(path, both)
-    return both

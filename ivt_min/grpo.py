@@ -173,7 +173,7 @@ def logps(
     vlm,        # VLM
     rows,       # Transcripts
     s,          # GRPO
-)->list:        # a tensor (sampled ids,) for each
+):              # list of tensors (sampled ids,) for each
     "Log-probabilities of the sampled ids, with a gradient where the weights have one."
     out = []
     for k in range(0, len(rows), s.micro):
@@ -192,7 +192,7 @@ def reference_logps(
     s,          # GRPO
     name,       # of the adapter that is asked
     then=None,  # of the one that acts afterwards; by default the same
-)->list:        # a tensor (sampled ids,) for each, without a gradient
+):              # list of tensors (sampled ids,) for each, without a gradient
     "The same by another adapter, as numbers."
     use_adapter(vlm, name)
     out = logps(vlm, rows, s)
@@ -204,7 +204,7 @@ def rollout_stats(
     episodes,   # B Episodes
     rewards,    # (P, N)
     rows,       # B Transcripts
-)->dict:        # for the log
+):              # for the log
     "What a step's rollouts were like."
     ious = np.array([[iou(box, e.sample.truth) for box in e.boxes]
                      for e in episodes])            # (B, T + 1)
@@ -258,7 +258,7 @@ def train_grpo(
     folder,         # for checkpoints and log.jsonl; a reward that is changed needs another
     name='grpo',    # the adapter that is trained
     ref='sft',      # the one that holds the leash
-)->list:            # of dicts, the log, one a step; raises ValueError after 3 bad ones
+):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
     told = [(x.id, x.expression, x.truth) for x in samples]

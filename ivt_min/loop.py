@@ -106,7 +106,7 @@ def rollout(
     keys=None,      # a tuple for each sample, its randomness; by default its id
     batch=64,       # samples at once
     progress=True,  # show a bar with an estimate
-)->list:            # of Episode; raises ValueError that names a sample with a bad picture
+):                  # list of Episode; raises ValueError that names a sample with a bad picture
     "Every sample is asked, then shown its own answer, `loop.steps` times."
     asked = list(zip(samples, keys or [(s.id,) for s in samples]))
     order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
@@ -274,7 +274,7 @@ def _pairs(image, expression):
 def check_pictures(
     image,          # as for `refine`
     expression,     # as for `refine`
-)->list:            # of core.Sample; raises as `refine` does
+):                  # list of core.Sample; raises as `refine` does
     "The samples that `refine` is asked for, each looked at before the work begins."
     pairs = _pairs(image, expression)
     samples = []

@@ -152,7 +152,7 @@ def load(
 def encode(
     vlm,    # VLM
     text,   # anybody's words
-)->list:    # ids, none of them special
+):          # list of ids, none of them special
     "Ids of a text in which special tokens are nothing but characters."
     return vlm.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -188,7 +188,7 @@ def _marks(vlm, text):
 def image_tokens(
     vlm,        # VLM
     picture,    # Patches
-)->tuple:       # ids
+):              # tuple of ids
     "The ids that stand for a picture: one a visual token, between the marks of vision."
     config = vlm.model.config
     _, rows, columns = picture.grid
@@ -255,7 +255,7 @@ def collate(
 def encode_pictures(
     vlm,        # VLM
     pictures,   # list of Patches
-)->list:        # the same with `vision_features`, each (visual tokens, D)
+):              # the same with `vision_features`, each (visual tokens, D)
     "What the vision tower sees: the tokens, then DeepStack's. A picture is seen once, all at once."
     new = [p for p in pictures if p.vision_features is None]
     if not new: return pictures
@@ -364,7 +364,7 @@ def add_adapter(
 def adapter_weights(
     vlm,    # VLM
     name,   # of one of its adapters
-)->dict:    # name -> tensor
+):          # dict of name -> tensor
     "The weights of an adapter, by the names that peft gives them in a file."
     from peft import functional
     weights = functional.get_peft_model_state_dict(

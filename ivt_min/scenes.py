@@ -204,7 +204,7 @@ def arrange(
     dialect,    # one of DIALECTS
     rng,        # random generator
     on=(SIDE, SIDE),    # width and height of the picture, px
-)->list:        # of Things, back to front, not painted yet
+):              # list of Things, back to front, not painted yet
     "Choose and place the things of a scene."
     low, high = N_THINGS[dialect]
     n = rng.integers(low, high + 1)
@@ -248,7 +248,7 @@ _UNSAID = 'medium', 'plain'  # what a sentence does not mention
 def describe(
     thing,          # a Thing
     parts=_PARTS,   # which of its attributes may be said
-)->str:             # such as "small striped red star"
+):                  # such as "small striped red star"
     "Some attributes of a thing in words; without its kind it is an \"object\"."
     words = [getattr(thing, part) for part in parts]
     if 'kind' not in parts: words.append('object')
@@ -263,7 +263,7 @@ def _has(thing, parts=_PARTS):
 def name_of(
     thing,      # a Thing
     things,     # all Things of its scene
-)->str:         # or None, where it has a twin
+):              # or None, where it has a twin
     "The shortest description that is true of this thing alone."
     for more in ((), ('pattern',), ('size',), ('size', 'pattern')):
         parts = (*more, 'color', 'kind')
@@ -440,7 +440,7 @@ SIZES = dict(train=2400, val=510, test=505, confirm=505, shapes=510)
 def split(
     name,       # one of SIZES
     n=None,     # only the first n
-)->list:        # of Samples; ValueError on an unknown name
+):              # list of Samples; ValueError on an unknown name
     "The samples of a split of the benchmark."
     if name not in SIZES: raise ValueError(f'no split {name!r}: choose from {", ".join(SIZES)}')
     def on(i): return SHAPES[i // 3 % len(SHAPES)] if name == 'shapes' else (SIDE, SIDE)

@@ -127,7 +127,7 @@ def train_sft(
     lessons,    # list of (core.Sample, its trace or None)
     s,          # SFT
     folder,     # for checkpoints and log.jsonl, outside the repository
-)->list:        # of dicts, the log, one an update; raises ValueError after 3 bad ones
+):              # list of dicts, the log, one an update; raises ValueError after 3 bad ones
     "Train an adapter; stopped anywhere, it goes on from its last checkpoint."
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]

@@ -23,7 +23,7 @@ def fresh(i)->Sample:   # number of the scene, from 0
 def errors_of(
     trajectories,   # list of Trajectory
     most=.85,       # IoU of step 0 that still counts as an error, a fraction
-)->list:            # of Trajectory
+):                  # list of Trajectory
     "Those whose first box is there and no better than `most`: the errors to teach from."
     return [t for t in trajectories
             if t.boxes[0] and iou(t.boxes[0], t.truth) <= most]
@@ -33,7 +33,7 @@ def interpolate(
     box,    # the student's, permille
     truth,  # the true box, permille
     steps,  # T
-)->list:    # of T boxes, the last of them the truth
+):          # list of T boxes, the last of them the truth
     "The straight way from the student's box to the truth, one target a step."
     return [tuple(a + (b - a) * t / steps for a, b in zip(box, truth))
             for t in range(1, steps + 1)]
@@ -143,7 +143,7 @@ def statements(
     text,       # a teacher's words
     box,        # current box, permille
     target,     # the next one, permille
-)->list:        # of (kind, words, whether it is true, edges that it speaks of, each 0..3)
+):              # list of (kind, words, whether it is true, edges that it speaks of, each 0..3)
     "All that a text says."
     said = []
     edge = None     # that the next words are about; None is the box
@@ -170,7 +170,7 @@ def check(
     text,       # a teacher's words, or None
     box,        # current box, permille
     target,     # the next one, permille
-)->list:        # of names of faults, empty for none
+):              # list of names of faults, empty for none
     "Reasons to reject a teacher's words, from the words and the two boxes alone."
     if not isinstance(text, str) or not text.strip(): return ['empty']
     said = statements(text, box, target)
@@ -193,7 +193,7 @@ def write_traces(
     name,           # the teacher's
     steps=2,        # T
     prompt='',      # what the teacher was told
-)->list:            # of dicts: id, source, box, targets, texts, faults, teacher, prompt_hash
+):                  # list of dicts: id, source, box, targets, texts, faults, teacher, prompt_hash
     "The traces of a teacher; those with faults are kept and marked."
     images = {x.id: x.image for x in samples}
     looks = []

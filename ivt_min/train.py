@@ -24,7 +24,7 @@ TARGETS = r'^model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(g
 def trainable(
     vlm,    # VLM
     name,   # of one of its adapters
-)->dict:    # name -> parameter, fp32
+):          # dict of name -> parameter, fp32
     "The weights of one adapter, the only ones that are left to train."
     ends = f'.lora_A.{name}.weight', f'.lora_B.{name}.weight', f'.trainable_tokens_delta.{name}'
     params = {n: p for n, p in vlm.model.named_parameters() if n.endswith(ends)}
@@ -39,7 +39,7 @@ def add_lora(
     vlm,    # VLM
     name,   # of its new adapter
     s,      # settings with rank, alpha, new_ids, late, seed
-)->dict:    # name -> parameter, as of `trainable`
+):          # dict of name -> parameter, as of `trainable`
     "A fresh LoRA adapter on the language model; all other weights are frozen."
     config = LoraConfig(
         r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS,
@@ -62,7 +62,7 @@ def copy_adapter(
     vlm,            # VLM
     name='sft',     # of its adapter
     new='grpo',     # name of the copy
-)->dict:            # name -> parameter of the copy, as of `trainable`
+):                  # dict of name -> parameter of the copy, as of `trainable`
     "A copy of an adapter that is trained while the adapter itself is frozen."
     there = getattr(vlm.model, 'peft_config', {})
     if name not in there: raise ValueError(f'no adapter {name!r} to copy, only {list(there)}')
@@ -100,7 +100,7 @@ def save_checkpoint(
 def last_checkpoint(
     folder,     # of the run
     digest,     # its "settings_hash"
-)->tuple:       # step, tensors, state; 0, {}, {} without one; raises ValueError for another run's
+):              # step, tensors, state; 0, {}, {} without one; raises ValueError for another run's
     "The newest checkpoint that is whole."
     for path in sorted(Path(folder).glob('[0-9]*'), reverse=True):
         try:
@@ -142,7 +142,7 @@ def optimiser(
 def pack(
     params,     # name -> parameter
     opt,        # their optimiser
-)->dict:        # name -> tensor
+):              # dict of name -> tensor
     "Weights and the optimiser's state as named tensors."
     tensors = {}
     for name, p in params.items():

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from ivt_min.core import Trajectory, to_row, write_jsonl
-from ivt_min.evaluate import (METRICS, acc, bootstrap, hits, ious, macc, metrics, read_run, table, target_size,
-                              update_results)
+from ivt_min.evaluate import (METRICS, acc, bootstrap, hits, ious, macc, metrics, read_run, table, target_size)
 
 SOURCES = ('g', 'adv', 'l4')
 
@@ -147,18 +146,6 @@ def test_a_wrong_run_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as e:
         read_run(tmp_path, n=20)
     assert str(tmp_path / 'test.jsonl') in str(e.value)
-
-
-def test_results_are_replaced_by_run_and_column(tmp_path):
-    path, row = tmp_path / 'results.json', lambda run, column, value: dict(
-        run=run, column=column, metric='acc50', value=value, low=0, high=1, n=9)
-    update_results(path, [row('b', 'last', 1), row('b', 'step 0', 2), row('a', 'step 0', 3)])
-    update_results(path, [row('b', 'step 0', 4)])
-    found = [(r['run'], r['column'], r['value']) for r in json.loads(path.read_text())]
-    assert found == [('a', 'step 0', 3), ('b', 'last', 1), ('b', 'step 0', 4)]
-    before = path.read_bytes(), path.stat().st_mtime_ns
-    update_results(path, [row('b', 'step 0', 4)])
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 def test_table_shows_every_row_once():
