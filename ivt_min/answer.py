@@ -79,7 +79,7 @@ def box_confidence(
     return sum(inside) / len(inside)
 
 # %% ../nbs/05_answer.ipynb #84da0f0c
-def closed(text)->bool:     # a text under way
+def closed(text):     # a text under way
     "Whether a box is written, and every bracket and fence that was opened is closed."
     if not text.endswith((']', ')', '}', '>', '```')): return False
     if text.count('```') % 2: return False

@@ -28,7 +28,7 @@ def to_pixels(
     return tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2))
 
 # %% ../nbs/01_boxes.ipynb #5863d582
-def format_box(box)->str:  # (x0, y0, x1, y1), permille; as the model is to write it
+def format_box(box):  # (x0, y0, x1, y1), permille; as the model is to write it
     "The answer that names a box, rounded to whole permille."
     return '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(round(v) for v in box)
 
@@ -139,7 +139,7 @@ def parse_box(
     text,               # an answer; what is no str holds no box
     mode='rel1000',     # unit of its numbers: 'rel1000' permille, 'rel1' fractions, 'abs' px
     size=None,          # for 'abs': (width, height) of the picture, px
-)->Parsed:              # KeyError on another mode
+):                      # Parsed; KeyError on another mode
     "The first box of an answer; never raises, whatever the text, and takes linear time."
     width, height = {'rel1000': (1000, 1000), 'rel1': (1, 1), 'abs': size}[mode]
     answer = _answer(text) if isinstance(text, str) else ''

@@ -22,7 +22,6 @@ def demo(args):     # of the command line
         loop = loop_of(vlm, args.steps)
         for e in rollout(model_policy(vlm, loop), split('test', args.n), loop):
             texts = [f'step {t}: IoU {iou(b, e.sample.truth):.2f}' for t, b in enumerate(e.boxes)]
-            print(e.sample.expression, *texts, sep='\n  ')
             films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression))
     stack(films).save(args.out)
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")

@@ -74,7 +74,7 @@ def single(
                     texts=[], notes=[]) for t in trajectories]
 
 # %% ../nbs/08_columns.ipynb #055560f9
-def choose_rule(val)->str:  # list of Trajectory, of the validation run; one of RULES
+def choose_rule(val):  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals."
     def miou(rule): return round(float(ious(single(val, rule)).mean()), 9)
     return max(RULES, key=miou)
@@ -115,7 +115,7 @@ def four_columns(
     return table(shown, COLUMNS, keys=('run',))
 
 # %% ../nbs/08_columns.ipynb #d6142128
-def per_sample(trajectories)->dict:  # n of T+1 >= 2 boxes, else ValueError; name -> (n,)
+def per_sample(trajectories):  # n of T+1 >= 2 boxes, else ValueError; name -> (n,)
     "What happens to each sample on its way; NaN where it does not apply."
     counts = {len(t.boxes) for t in trajectories}
     if len(counts) != 1 or counts == {1}: raise ValueError(f'{sorted(counts)} boxes a trajectory')

@@ -159,7 +159,7 @@ def rng(*keys):  # strings and ints that name what is drawn
     return np.random.default_rng([int(v) for v in np.frombuffer(digest, '<u8')])
 
 # %% ../nbs/00_core.ipynb #be8d1487
-def distinct(items)->tuple:     # anything
+def distinct(items):     # anything
     "The different objects of a list, and where in them each item is."
     some = {id(item): item for item in items}
     place = {key: k for k, key in enumerate(some)}

@@ -71,7 +71,7 @@ def true_box(
     return to_permille(inside, width, height), inside != given
 
 # %% ../nbs/20_datasets.ipynb #d43ea6be
-def coco_id(file_name)->int:    # None where the name is not one of COCO's
+def coco_id(file_name):    # None where the name is not one of COCO's
     "The number of a COCO image: twelve digits, whatever stands before them and after."
     found = re.search(r'(?:^|[/_])(\d{12})(?:_\d+)?\.\w+$', file_name, re.A)
     return int(found[1]) if found else None
@@ -196,7 +196,7 @@ def missed(
     sample,     # the one that was skipped
     reason,     # why, as `scan` says
     steps=1,    # boxes that it lacks
-)->Trajectory:
+):            # Trajectory
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)

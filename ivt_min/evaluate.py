@@ -18,7 +18,7 @@ from .core import from_row, read_jsonl, rng
 def ious(
     trajectories,   # list of Trajectory
     step=0,         # which of their boxes, -1 the last
-)->np.ndarray:      # (n,), fractions; raises ValueError without such a step
+):                  # (n,), fractions; raises ValueError without such a step
     "The IoU of a step's box with the truth, 0 where it has none."
     short = [t.id for t in trajectories if not -len(t.boxes) <= step < len(t.boxes)]
     if short: raise ValueError(f'no step {step} in {", ".join(short[:3])}')
@@ -29,7 +29,7 @@ def hits(
     ious,           # (n,), fractions
     threshold,      # a fraction; within 1e-10 an IoU is equal to it
     strict=False,   # whether an IoU must be above it
-)->np.ndarray:      # (n,) bool
+):                  # (n,) bool
     "Which IoUs reach the threshold."
     tolerance = 1e-10 if strict else -1e-10
     return np.asarray(ious) >= threshold + tolerance
@@ -39,7 +39,7 @@ def acc(
     ious,           # (n,), fractions
     threshold,      # a fraction
     strict=False,   # as for `hits`
-)->float:
+):       # float
     "The share of samples whose IoU reaches the threshold."
     return float(hits(ious, threshold, strict).mean())
 
@@ -47,7 +47,7 @@ def acc(
 def macc(
     ious,           # (n,), fractions
     strict=True,    # as for `hits`; Ref-L4 counts so
-)->float:
+):       # float
     "The mean accuracy over the thresholds .50, .55 ... .95."
     levels = [x / 100 for x in range(50, 100, 5)]
     return float(np.mean([acc(ious, level, strict) for level in levels]))
@@ -151,7 +151,7 @@ def table(
     parts=False,        # whether sources and sizes get lines of their own
     digits=3,           # after the point
     keys=('run', 'column'),     # what has a line of its own
-)->Table:               # a line a run and column
+):                      # a line a run and column
     "Results as value [low, high], with n."
     lines = {}
     for row in rows:

@@ -43,7 +43,7 @@ def reward(
     episode,            # Episode, finished
     how='final',        # one of REWARDS
     format_weight=.1,   # weight of the share of steps that can be read
-)->float:
+):       # float
     "What a trajectory is worth, by the labels."
     scores = [iou(box, episode.sample.truth) for box in episode.boxes]
     readable = np.mean([box is not None for box in episode.boxes])
@@ -105,7 +105,7 @@ PAPER = GRPO(   # all but T, N, beta and the reward is ours
 def normaliser(
     s,          # GRPO
     lengths,    # sampled ids of each trajectory of the whole step
-)->float:
+):       # float
     "What the sum of a step's losses is divided by."
     most = (s.loop.steps + 1) * s.loop.max_tokens
     return {'sample': len(lengths), 'token': sum(lengths),

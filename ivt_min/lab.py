@@ -49,11 +49,10 @@ def keep_run(
 def val_and_test(
     vlm,        # VLM
     loop,       # Loop
-    batch=128,  # samples at once
     n=None,     # only the first n of each split
 ):              # dict of 'val' and 'test' -> rows, as a run keeps them
     "What a model answers to both splits."
-    return {part: [to_row(t) for t in answers(vlm, split(part, n), loop, batch=batch)]
+    return {part: [to_row(t) for t in answers(vlm, split(part, n), loop)]
             for part in ('val', 'test')}
 
 # %% ../nbs/lab/30_lab.ipynb #6e441389

@@ -139,7 +139,7 @@ def go_on(
     loop,       # Loop
     dialogue,   # Dialogue where the episode's last turn began
     episode,    # Episode, the box for its next turn drawn
-)->Dialogue:    # where its next turn begins
+):              # Dialogue; where its next turn begins
     "A dialogue after a turn, and after the picture with its box."
     shown = to_patches(vlm, picture(loop, episode))
     prompt = loop.prompt.replace('{expression}', episode.sample.expression.strip())
@@ -302,7 +302,7 @@ def loop_of(
     vlm,        # VLM
     steps=None, # refinements; by default those of the loop
     loop=None,  # Loop; by default the one that the model was taught with
-)->Loop:
+):      # Loop
     "The loop that a model goes round in."
     taught = loop or Loop(**vlm.loop or {})
     return taught if steps is None else replace(taught, steps=steps)
@@ -359,7 +359,7 @@ def transcript(
     loop,       # Loop
     episode,    # finished Episode
     asked=None, # its dialogues, one a turn, as `model_policy` keeps them; by default made anew
-)->Transcript:
+):            # Transcript
     "An episode in one piece; its ids are those that were sampled, never text read again."
     dialogues = asked or _reread(vlm, loop, episode)
     mask, logps = [], []

@@ -48,7 +48,7 @@ class VLM:
     folded: dict = field(default_factory=dict)  # layer -> its function while adapters are folded
 
 # %% ../nbs/04_model.ipynb #33430952
-def shipped()->dict:    # of name -> folder
+def shipped():    # of name -> folder
     "The models that come along: the tiny base, adapters by the name of their folder and their run."
     found = dict(tiny=data_path('tiny'))
     for about in sorted(data_path('adapters').glob('*/ivt.json')):
@@ -168,7 +168,7 @@ class Patches:
 def to_patches(
     vlm,        # VLM
     image,      # anything that `open_image` takes
-)->Patches:     # not yet seen by the vision tower
+):              # Patches; not yet seen by the vision tower
     "The patches of one image."
     out = vlm.processor(images=[open_image(image)], return_tensors='pt')
     return Patches(out['pixel_values'], tuple(out['image_grid_thw'][0].tolist()))
@@ -200,7 +200,7 @@ def ask(
     vlm,        # VLM
     text,       # the user's words, never special
     images=(),  # what is shown before them
-)->Dialogue:    # up to where the assistant begins to write
+):              # Dialogue; up to where the assistant begins to write
     "One user turn, and the assistant's turn opened."
     pictures = tuple(to_patches(vlm, image) for image in images)
     ids = [*_marks(vlm, '<|im_start|>user\n')]
@@ -210,7 +210,7 @@ def ask(
     return Dialogue(tuple(ids), pictures)
 
 # %% ../nbs/04_model.ipynb #a286706b
-def words_of(sample)->str:  # core.Sample; raises TypeError or ValueError that names it
+def words_of(sample):  # core.Sample; raises TypeError or ValueError that names it
     "The expression of a sample, trimmed: text of 1 to 5,000 characters."
     words = sample.expression
     if not isinstance(words, str):
@@ -223,7 +223,7 @@ def words_of(sample)->str:  # core.Sample; raises TypeError or ValueError that n
 def question(
     vlm,        # VLM
     sample,     # core.Sample
-)->Dialogue:    # raises TypeError or ValueError that names the sample
+):              # Dialogue; raises TypeError or ValueError that names the sample
     "The dialogue that asks for a sample's box."
     words = words_of(sample)
     try: return ask(vlm, vlm.prompt.replace('{expression}', words), [sample.image])
@@ -294,7 +294,7 @@ def _adapted_layers(vlm):
     return {layer: [name for name in layer.active_adapters if name in layer.lora_B]
             for layer in vlm.adapted}
 
-def acts_late(vlm)->bool:   # VLM
+def acts_late(vlm):   # VLM
     "Whether the adapter that acts is a late one."
     return any(name in vlm.late for names in _adapted_layers(vlm).values() for name in names)
 

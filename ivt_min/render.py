@@ -174,7 +174,7 @@ def show(
     guess=None,     # guessed box of each, permille: a red line
     cols=None,      # pictures in a row
     side=384,       # longest side of the whole, px
-)->Picture:         # one picture of all
+):                  # one picture of all
     "Pictures side by side with their boxes; for one picture give one title and one box."
     if not isinstance(images, list):
         return show([images], [titles], [truth], [guess], cols, side)
@@ -192,7 +192,7 @@ def show(
 # %% ../nbs/02_render.ipynb #a1c0de16
 def stack(
     pictures,   # list of Picture
-)->Picture:     # as wide as the widest
+):              # as wide as the widest
     "Pictures below one another on white, at the left."
     return Picture(_below([p.image for p in pictures], 6))
 
@@ -204,7 +204,7 @@ def filmstrip(
     texts=None,     # a text below each step, by default its number
     title='',       # a text above the whole, such as the expression
     side=192,       # width of a step, px; its picture is no higher
-)->Picture:         # as wide as the steps are together
+):                  # as wide as the steps are together
     "The guesses of a trajectory in one row, a picture and a text a step."
     n = len(boxes)
     texts = list(texts or [f'step {i}' for i in range(n)])
@@ -310,7 +310,7 @@ def curve(
     xlabel='step',  # below the axis
     ylabel='',      # above the axis
     bands=None,     # dict of name -> (lows, highs), one a value: a shade around that line
-)->Chart:           # 384 x 240 px; the names of two lines or more stand right of that
+):                  # Chart; 384 x 240 px; the names of two lines or more stand right of that
     "Named lines over a common x."
     names = list(series)
     lines = [_points(x, values) for values in series.values()]

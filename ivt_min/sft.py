@@ -74,7 +74,7 @@ def make_row(
     s,          # SFT
     sample,     # core.Sample
     trace=None, # of `write_traces`; None is single-shot
-)->Row:         # raises ValueError where the loop would cut or misread a turn
+):              # Row; raises ValueError where the loop would cut or misread a turn
     "A trace as the loop has it; all after its first answer is learned."
     said = _turns(vlm, s, sample, trace)
     def policy(episodes, memory): return [said[len(e.turns)] for e in episodes], None

@@ -19,7 +19,7 @@ PROMPT = ('The red box {box} is a first answer to "{expression}"; a better one i
 def words_for(
     look,           # a Look
     prompt=PROMPT,  # text with {expression}, {box}, {target}
-)->str:
+):     # str
     "What a model is told as a teacher."
     def said(match):
         value = getattr(look, match[1])

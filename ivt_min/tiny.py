@@ -8,25 +8,26 @@ __all__ = ['SKILLS', 'GRID', 'WORDS', 'where', 'coarse', 'skill']
 # %% ../nbs/21_tiny.ipynb #d25afb92
 from .boxes import format_box, to_permille
 from .render import draw_box
-from .scenes import DIALECTS, SIDE, describe, draw_scene
+from .scenes import _PARTS, DIALECTS, SQUARE, _has, describe, draw_scene
 
 # %% ../nbs/21_tiny.ipynb #0e0e0161
-SKILLS = dict(      # their odds
-    verify=.25, marked=.16, name=.16, read=.13, again=.18, several=.08, say=.04)
+SKILLS = dict(      # their odds in the first training
+    verify=.25, marked=.16, name=.16, read=.13, again=.18, several=.08, say=.04, check=0., color=0.)
 GRID = 28           # of the boxes that are taught, permille
 
-def where(text)->str:  # an expression
+def where(text):  # an expression
     "The question that asks for a box."
     return f'Locate: {text}'
 
-def coarse(box)->tuple:     # permille
+# %% ../nbs/21_tiny.ipynb #c354264f
+def coarse(box):     # permille
     "A box on the grid that the base is taught: no edge is off by more than half of GRID."
     return tuple(min(1000, GRID * round(v / GRID)) for v in box)
 
 # %% ../nbs/21_tiny.ipynb #32c36d2a
-def _loose(box, g, spread=12):
+def _loose(box, g):
     "A box whose edges are each off by some permille."
-    x0, y0, x1, y1 = (float(v) for v in box + g.normal(0, spread, 4))
+    x0, y0, x1, y1 = (float(v) for v in box + g.normal(0, 12, 4))
     return max(0., x0), max(0., y0), min(1000., x1), min(1000., y1)
 
 def _any_box(g):
@@ -47,7 +48,8 @@ def _rival(things, target, g):
     "The number of another thing, rather one of the same kind or colour."
     own = things[target]
     others = [i for i in range(len(things)) if i != target]
-    odds = [1. + 4 * (things[i].kind == own.kind) + 2 * (things[i].color == own.color) for i in others]
+    odds = [1. + 4 * (things[i].kind == own.kind) + 2 * (things[i].color == own.color)
+            for i in others]
     return others[g.choice(len(others), p=[x / sum(odds) for x in odds])]
 
 def _turn(name, image, things, boxes, asked, g):
@@ -64,6 +66,14 @@ def _turn(name, image, things, boxes, asked, g):
         box = boxes[target if right else _rival(things, target, g)]
         said = ' yes' if right else ' no'
         return draw_box(image, _loose(box, g)), f'See the red box: {text}', said
+    if name in ('check', 'color'):
+        said = ('color',), ('kind',), ('color', 'kind'), _PARTS
+        said = said[g.integers(4) if name == 'check' else 0]
+        others = [i for i, thing in enumerate(things) if not _has(things[target], said)(thing)]
+        wrong = others and g.random() < .5
+        box = boxes[others[g.integers(len(others))] if wrong else target]
+        asked = f'See the red box: the {describe(things[target], said)}'
+        return draw_box(image, _loose(box, g)), asked, ' no' if wrong else ' yes'
     if name == 'marked': image = draw_box(image, _drawn(boxes, target, g))
     return image, where(text), format_box(coarse(boxes[target]))
 
@@ -74,14 +84,15 @@ narrow tall short top bottom has to go must grow shrink fine here there now look
 def skill(
     name,   # one of SKILLS, or 'ground'
     g,      # random generator
-    on=(SIDE, SIDE),    # width and height of its pictures, px
+    on=SQUARE,  # width and height of its pictures, px
 ):          # pictures, and turns: (how many pictures it shows, question, answer)
     "A dialogue that teaches a skill."
     if name == 'say':
         said = ' '.join(' '.join(g.choice(WORDS, g.integers(2, 6))).capitalize() + '.'
                         for _ in range(g.integers(1, 3)))
         return [], [(0, f'Say: {said}', said)]
-    image, things, asked = draw_scene(DIALECTS[g.integers(3)], g, 3 if name == 'several' else 1, on=on)
+    questions = 3 if name == 'several' else 1
+    image, things, asked = draw_scene(DIALECTS[g.integers(3)], g, questions, on=on)
     boxes = [to_permille(thing.box, *on) for thing in things]
     if name == 'several':
         turns = [(int(k == 0), where(text), format_box(coarse(boxes[i])))
@@ -89,7 +100,7 @@ def skill(
         return [image], turns
     names = [name]
     if name == 'again':     # the same scene two to four times, drawn on or not
-        names = ['ground', *g.choice(['ground', 'marked', 'read', 'name', 'verify'], g.integers(1, 4),
-                                     p=(.15, .4, .15, .1, .2))]
+        kinds, odds = ('ground', 'marked', 'read', 'name', 'verify'), (.15, .4, .15, .1, .2)
+        names = ['ground', *g.choice(kinds, g.integers(1, 4), p=odds)]
     shown = [_turn(one, image, things, boxes, asked[0], g) for one in names]
     return [picture for picture, *_ in shown], [(1, question, said) for _, question, said in shown]

@@ -51,7 +51,7 @@ def add_lora(
     return trainable(vlm, name)
 
 # %% ../nbs/10_train.ipynb #5b4a9a59
-def quick_bf16()->bool:
+def quick_bf16():
     "Whether this machine trains on a CPU that has instructions for bf16."
     names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     there = any(getattr(torch.cpu, name, bool)() for name in names)
