@@ -78,12 +78,12 @@ def claim(
     loop,       # Loop
     data,       # split -> file
 ):              # raises ValueError where the folder is another run's
-    "Write down what the answers in a folder depend on; of the weights up to 64 values each."
-    def some(p): return p.detach().flatten()[::p.numel() // 64 + 1].tolist()
-    weights = settings_hash([some(p) for p in vlm.model.parameters()])
+    "Write down what the answers in a folder depend on; of the weights a fingerprint."
+    from .train import fingerprint
+    vlm.model.requires_grad_(False)     # of what is learned it keeps the shape alone
     sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
             for split, path in data.items()}
-    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=weights, data=sums)
+    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=fingerprint(vlm), data=sums)
     config = folder/'config.json'
     if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
