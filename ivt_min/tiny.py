@@ -12,7 +12,8 @@ from .scenes import _PARTS, DIALECTS, SQUARE, _has, describe, draw_scene
 
 # %% ../nbs/21_tiny.ipynb #0e0e0161
 SKILLS = dict(      # their odds in the first training
-    verify=.25, marked=.16, name=.16, read=.13, again=.18, several=.08, say=.04, check=0., color=0.)
+    verify=.25, marked=.16, name=.16, read=.13, again=.18, several=.08, say=.04, check=0., color=0.,
+    drawn=0., later=0.)
 GRID = 28           # of the boxes that are taught, permille
 
 def where(text):  # an expression
@@ -75,6 +76,9 @@ def _turn(name, image, things, boxes, asked, g):
         asked = f'See the red box: the {describe(things[target], said)}'
         return draw_box(image, _loose(box, g)), asked, ' no' if wrong else ' yes'
     if name == 'marked': image = draw_box(image, _drawn(boxes, target, g))
+    if name == 'drawn':
+        k = g.integers(len(boxes) + 1)
+        image = draw_box(image, _loose(boxes[k], g) if k < len(boxes) else _any_box(g))
     return image, where(text), format_box(coarse(boxes[target]))
 
 # %% ../nbs/21_tiny.ipynb #9b92e4e0
@@ -91,7 +95,7 @@ def skill(
         said = ' '.join(' '.join(g.choice(WORDS, g.integers(2, 6))).capitalize() + '.'
                         for _ in range(g.integers(1, 3)))
         return [], [(0, f'Say: {said}', said)]
-    questions = 3 if name == 'several' else 1
+    questions = 3 if name in ('several', 'later') else 1
     image, things, asked = draw_scene(DIALECTS[g.integers(3)], g, questions, on=on)
     boxes = [to_permille(thing.box, *on) for thing in things]
     if name == 'several':
@@ -102,5 +106,7 @@ def skill(
     if name == 'again':     # the same scene two to four times, drawn on or not
         kinds, odds = ('ground', 'marked', 'read', 'name', 'verify'), (.15, .4, .15, .1, .2)
         names = ['ground', *g.choice(kinds, g.integers(1, 4), p=odds)]
-    shown = [_turn(one, image, things, boxes, asked[0], g) for one in names]
+    if name == 'later': names = g.choice(('ground', 'drawn', 'read', 'name', 'verify'), g.integers(2, 5))
+    which = [g.integers(3) if name == 'later' else 0 for _ in names]
+    shown = [_turn(one, image, things, boxes, asked[k], g) for one, k in zip(names, which)]
     return [picture for picture, *_ in shown], [(1, question, said) for _, question, said in shown]
