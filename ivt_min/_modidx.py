@@ -131,8 +131,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ivt_min.grpo.rollout_stats': ('grpo.html#rollout_stats', 'ivt_min/grpo.py'),
                               'ivt_min.grpo.train_grpo': ('grpo.html#train_grpo', 'ivt_min/grpo.py')},
             'ivt_min.lab': { 'ivt_min.lab.answers': ('lab/lab.html#answers', 'ivt_min/lab.py'),
-                             'ivt_min.lab.first_answers': ('lab/lab.html#first_answers', 'ivt_min/lab.py'),
-                             'ivt_min.lab.harvest': ('lab/lab.html#harvest', 'ivt_min/lab.py'),
                              'ivt_min.lab.keep_run': ('lab/lab.html#keep_run', 'ivt_min/lab.py'),
                              'ivt_min.lab.model_hash': ('lab/lab.html#model_hash', 'ivt_min/lab.py'),
                              'ivt_min.lab.run_of': ('lab/lab.html#run_of', 'ivt_min/lab.py'),
