@@ -112,15 +112,12 @@ def _ground(rng, on=SQUARE):
     style = rng.integers(4)
     pixels = np.full((height, width, 3), base)
     if style == 1:
-        shade = down * rng.uniform(-20, 20)
-        pixels += (shade + across * rng.uniform(-20, 20))[..., None]
+        pixels += (down * rng.uniform(-20, 20) + across * rng.uniform(-20, 20))[..., None]
     if style == 2:
-        noise = rng.normal(0, 9, (height // 4, width // 4, 1))
-        pixels += noise.repeat(4, 0).repeat(4, 1)
+        pixels += rng.normal(0, 9, (height // 4, width // 4, 1)).repeat(4, 0).repeat(4, 1)
     if style == 3:
         turns = rng.uniform(8, 30)
-        along = across if rng.random() < .5 else down
-        pixels += (np.sin(along * turns) * 8)[..., None]
+        pixels += (np.sin((across if rng.random() < .5 else down) * turns) * 8)[..., None]
     return pixels.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_scenes.ipynb #c7d74d1b

@@ -37,6 +37,7 @@ def _any_box(g):
     x, y = g.uniform(0, (1000 - w, 1000 - h))
     return x, y, x + w, y + h
 
+# %% ../nbs/21_tiny.ipynb #cf391b4a
 def _drawn(boxes, target, g):
     "A box that is around the target in half of the cases, else around another thing or anywhere."
     if g.random() < .5: return _loose(boxes[target], g)
@@ -53,6 +54,7 @@ def _rival(things, target, g):
             for i in others]
     return others[g.choice(len(others), p=[x / sum(odds) for x in odds])]
 
+# %% ../nbs/21_tiny.ipynb #cc951f16
 def _turn(name, image, things, boxes, asked, g):
     "The picture of a skill, the question and the answer, about one scene."
     text, target = asked
@@ -106,7 +108,8 @@ def skill(
     if name == 'again':     # the same scene two to four times, drawn on or not
         kinds, odds = ('ground', 'marked', 'read', 'name', 'verify'), (.15, .4, .15, .1, .2)
         names = ['ground', *g.choice(kinds, g.integers(1, 4), p=odds)]
-    if name == 'later': names = g.choice(('ground', 'drawn', 'read', 'name', 'verify'), g.integers(2, 5))
+    if name == 'later':
+        names = g.choice(('ground', 'drawn', 'read', 'name', 'verify'), g.integers(2, 5))
     which = [g.integers(3) if name == 'later' else 0 for _ in names]
     shown = [_turn(one, image, things, boxes, asked[k], g) for one, k in zip(names, which)]
     return [picture for picture, *_ in shown], [(1, question, said) for _, question, said in shown]
