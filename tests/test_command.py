@@ -71,7 +71,7 @@ def loud(stderr):
 
 def test_a_process_of_its_own_is_as_quiet(place):
     done = alone(place, [sys.executable, "-m", "ivt_min.cli", "demo", "-n", "2"])
-    assert done.returncode == 0 and loud(done.stderr) == [] and "look-s0" in done.stdout
+    assert done.returncode == 0 and loud(done.stderr) == [] and "sft_errors" in done.stdout
 
 
 def test_readme_example_runs_as_it_stands(place):

@@ -150,8 +150,9 @@ def test_stored_runs_are_of_the_shipped_model():
     """What data/runs says of the model's weights is true of the file."""
     import hashlib
     digest = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
-    for run in ("base", "no_image", "naive", "naive_turn"):
-        assert json.loads(data_path(f"runs/{run}/config.json").read_text())["model"] == digest
+    runs = {p.parent.name: json.loads(p.read_text()) for p in data_path("runs").glob("*/config.json")}
+    models = {name: config["model"] for name, config in runs.items() if config.get("model")}
+    assert {"base", "no_image", "naive", "naive_turn"} < models.keys() and set(models.values()) == {digest}
     tiny = {p.stem: json.loads(p.read_text())["settings_hash"] for p in data_path("runs/tiny").glob("*.json")}
     assert tiny["skills"] == settings_hash(digest)
     assert tiny["curve"] == tiny["config"]
@@ -161,7 +162,7 @@ def test_nf4_quantises_the_language_model_alone():
     """The 4-bit option runs on a CPU, and leaves the vision tower and the head as they are."""
     four = load(device="cpu", nf4=True)
     small = {n for n, m in four.model.named_modules() if type(m).__name__ == "Linear4bit"}
-    assert len(small) == 4 * 7 and all(n.startswith("model.language_model.layers") for n in small)
+    assert len(small) == 3 * 7 and all(n.startswith("model.language_model.layers") for n in small)
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for n, m in four.model.named_modules() if n in small)
     samples = split("val", 6)
     whole, quantised = ground(load(device="cpu"), samples), ground(four, samples)
