@@ -5,7 +5,7 @@ from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
 
 RULE = 'confident'  # the label-free one where no rows choose it
-RUNS = ('base', 'naive', 'sft_errors', 'sft-s1', 'grpo-s1', 'look-s0', 'look_single')  # README's
+RUNS = ('base', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0', 'sft_single_shot')  # README's
 
 def demo(args):     # of the command line
     "Show what the loop does to the first test scenes, and the results."
