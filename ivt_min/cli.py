@@ -5,7 +5,8 @@ from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
 
 RULE = 'confident'  # the label-free one where no rows choose it
-RUNS = ('base', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0', 'sft_single_shot')  # README's
+RUNS = ('base', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0',  # README's
+        'sft_single_shot')
 
 def demo(args):     # of the command line
     "Show what the loop does to the first test scenes, and the results."
@@ -25,9 +26,9 @@ def demo(args):     # of the command line
             films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression))
     stack(films).save(args.out)
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
-    print('Acc@0.5 on the test scenes; oracle picks the best step with the labels: no method')
+    print('mean IoU on the test scenes; oracle picks the best step with the labels: no method')
     rows = read_json(data_path('runs/results.json'))
-    print(f'{four_columns(rows, RUNS)}\nAll runs: nbs/lab/40_results.ipynb')
+    print(f'{four_columns(rows, RUNS, "miou")}\nAll runs: nbs/lab/40_results.ipynb')
 
 def outputs(args):      # of the command line
     "A file for each picture of `refine`, or None where none is wanted; its folder is made."
