@@ -107,7 +107,7 @@ def test_an_advantage_is_of_its_group_alone(rows, more, times, std):
 
 # ---- the rollout
 
-@pytest.mark.parametrize("temperature", [0., 1.])
+@pytest.mark.parametrize("temperature", [0., 2.])
 @pytest.mark.parametrize("form", ["prefix", "turn"])
 def test_log_probs_of_a_group_are_those_of_a_plain_forward(vlm, form, temperature):
     """Transformers' own forward, of one whole dialogue with its pixels, and its own `generate`."""
@@ -159,7 +159,8 @@ def test_trajectories_are_their_keys_alone():
 
 
 def test_a_first_answer_that_is_not_sampled_is_greedy_and_not_learned(vlm):
-    s, few = replace(TINY, loop=replace(TINY.loop, max_tokens=24), first=False), split("train", 2)
+    hot = replace(TINY.loop, max_tokens=24, temperature=2.)
+    s, few = replace(TINY, loop=hot, first=False), split("train", 2)
     episodes, rows = collect_rollouts(vlm, few, s, 0)
     once = Loop(steps=0, max_tokens=24)
     want = [e.turns[0].ids for e in rollout(model_policy(vlm, once), few, once)]
@@ -256,7 +257,7 @@ def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, pe
     before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
     [row] = train_grpo(vlm, params, few, s, tmp_path)
     assert abs(row["loss"] - loss.item()) < 1e-6 and abs(row["norm"] / norm.item() - 1) < 1e-5
-    assert abs(row["loss"]) > 1e-3 and norm > 1e-3 and row["k3"] > 1e-3 and row["clipped"] == 0
+    assert abs(row["loss"]) > 1e-4 and norm > 1e-3 and row["k3"] > 1e-3 and row["clipped"] == 0
     after = dict(vlm.model.named_parameters())
     assert {n for n, p in after.items() if not torch.equal(p, before[n])} == set(params)
     assert {n for n, p in after.items() if p.requires_grad} == set(params)

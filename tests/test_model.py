@@ -104,7 +104,7 @@ def test_pictures_of_any_size(vlm, size):
     image = Image.new("RGB", size, (200, 30, 30))
     ground(vlm, [sample(image)])
     _, rows, columns = to_patches(vlm, image).grid
-    assert rows % 2 == columns % 2 == 0 and 40 <= rows * columns <= 140
+    assert rows % 2 == columns % 2 == 0 and 36 <= rows * columns <= 140
     assert (rows > columns) == (size[1] > size[0])
 
 
@@ -153,7 +153,7 @@ def test_stored_runs_are_of_the_shipped_model():
     runs = {p.parent.name: json.loads(p.read_text()) for p in data_path("runs").glob("*/config.json")}
     models = {name: config["model"] for name, config in runs.items() if config.get("model")}
     assert {"base", "no_image", "naive", "naive_turn"} < models.keys() and set(models.values()) == {digest}
-    tiny = {p.stem: json.loads(p.read_text())["settings_hash"] for p in data_path("runs/tiny").glob("*.json")}
+    tiny = {p.stem: json.loads(p.read_text()).get("settings_hash") for p in data_path("runs/tiny").glob("*.json")}
     assert tiny["skills"] == settings_hash(digest)
     assert tiny["curve"] == tiny["config"]
 
