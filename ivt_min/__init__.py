@@ -11,6 +11,6 @@ logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 def __getattr__(name):
     """Load `refine`, and torch with it, on first use."""
     if name == "refine":
-        from ivt_min.loop import refine
+        from ivt_min.verdict import refine
         return refine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

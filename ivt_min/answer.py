@@ -10,12 +10,11 @@ __all__ = ['stops', 'log_probs', 'choose', 'Turn', 'box_confidence', 'closed', '
 import re
 from dataclasses import dataclass, replace
 import torch
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, DynamicLayer
+from transformers import DynamicCache
 from .core import distinct, rng
 from .boxes import parse_box
-from .model import acts_late, collate, fold, forward, second_look
+from .model import collate, fold, forward, second_look
 
 # %% ../nbs/05_answer.ipynb #7c56a546
 def stops(vlm):     # VLM
@@ -87,26 +86,6 @@ def closed(text):     # a text under way
         if text.count(opening) != text.count(closing): return False
     return parse_box(text).n_boxes > 0
 
-# %% ../nbs/05_answer.ipynb #807a01b2
-class _Room(DynamicLayer):
-    "A layer's keys and values with room to grow: a new column is written, not all copied with it."
-    def update(self, keys, values, *args, **kwargs):
-        begin = self.get_seq_length()
-        end = begin + keys.shape[-2]
-        if begin and end <= self.room[0].shape[-2]:
-            self.room[0][..., begin:end, :] = keys
-            self.room[1][..., begin:end, :] = values
-        else: self.room = [F.pad(x, (0, 0, 0, 64)) for x in super().update(keys, values)]
-        self.keys, self.values = (x[..., :end, :] for x in self.room)
-        return self.keys, self.values
-
-# %% ../nbs/05_answer.ipynb #d75cdc4e
-def _cache(vlm):
-    "An empty cache."
-    cache = DynamicCache(config=vlm.model.config.text_config)
-    cache.layers = [_Room() for _ in cache.layers]
-    return cache
-
 # %% ../nbs/05_answer.ipynb #47b9d718
 @dataclass(frozen=True)
 class Memory:
@@ -120,7 +99,7 @@ class Memory:
 def _repeat(vlm, memory, rows):
     "The memory of some rows, each as often as its number comes."
     at = torch.tensor(rows, device=memory.mask.device)
-    cache = _cache(vlm)
+    cache = DynamicCache(config=vlm.model.config.text_config)
     for k, layer in enumerate(memory.cache.layers):
         cache.update(layer.keys[at], layer.values[at], k)
     return Memory(cache, memory.mask[at], memory.position[at], memory.pictures[at])
@@ -131,7 +110,7 @@ def _prefill(vlm, dialogues, memory=None):
     ids, mask, positions = collate(vlm, dialogues)
     late = second_look(vlm, ids)
     pictures = [picture for d in dialogues for picture in d.pictures]
-    cache = _cache(vlm)
+    cache = DynamicCache(config=vlm.model.config.text_config)
     if memory:
         cache = memory.cache
         known = memory.pictures.tolist()
@@ -241,16 +220,6 @@ def generate(
     "Answers to a batch of dialogues, each up to a stop token."
     return answer(vlm, dialogues, None, max_tokens, temperature, keys)[0]
 
-# %% ../nbs/05_answer.ipynb #f0527f58
-def _slopes(hidden, weight, ids, banned, temperature):
-    "Log-probabilities of ids, (n,), and their slopes in the hidden states, (n, D)."
-    z = (hidden @ weight.T).float().index_fill_(1, banned, -torch.inf).div_(temperature)
-    z -= z.amax(1, keepdim=True)
-    own = z.gather(1, ids[:, None])[:, 0]
-    total = z.exp_().sum(1, keepdim=True)
-    p = z.div_(total).to(weight)                                                # (n, V)
-    return own - total[:, 0].log(), (weight[ids] - p @ weight) / temperature
-
 # %% ../nbs/05_answer.ipynb #ea95f3ea
 def chosen_logps(
     vlm,            # VLM
@@ -260,30 +229,11 @@ def chosen_logps(
     chunk=128,      # ids that have logits at a time; changes the memory, not the result
 ):                  # (N,) fp32
     "How likely chosen ids are: what `log_probs` gives them, with a gradient and little memory."
-    head, banned = vlm.model.lm_head, _banned(vlm)
-    parts = list(zip(hidden.split(chunk), ids.split(chunk)))
-    def plain(h, i): return log_probs(vlm, head(h), temperature).gather(1, i[:, None])[:, 0]
-    if any(p.requires_grad for p in head.parameters()) or hasattr(head, 'token_adapter'):
-        return torch.cat([checkpoint(plain, h, i, use_reentrant=False) for h, i in parts])
-    with torch.no_grad():
-        found = [_slopes(h, head.weight, i, banned, temperature or 1.) for h, i in parts]
-    logp, slopes = map(torch.cat, zip(*found))
-    return logp + (slopes * (hidden - hidden.detach())).sum(1)      # the same numbers, with a slope
-
-# %% ../nbs/05_answer.ipynb #1a1fdfcb
-def _hidden(vlm, dialogues, before, cut):
-    "Ids (B, L) and hidden states (B, L, D); those before the column `cut` have no gradient."
-    ids, mask, positions = collate(vlm, dialogues, before)
-    pictures = [d.pictures for d in dialogues]
-    if not 0 < cut < ids.shape[1]: return ids, forward(vlm, ids, mask, positions, sum(pictures, ()))
-    cache = DynamicCache(config=vlm.model.config.text_config)
-    late = torch.zeros_like(ids, dtype=torch.bool)
-    with torch.no_grad():
-        early = forward(vlm, ids[:, :cut], mask[:, :cut], positions[..., :cut],
-                        [p for own in pictures for p in own[:1]], late[:, :cut], cache)
-    rest = forward(vlm, ids[:, cut:], mask, positions[..., cut:],
-                   [p for own in pictures for p in own[1:]], ~late[:, cut:], cache)
-    return ids, torch.cat([early, rest], 1)
+    def chosen(h, i):
+        logp = log_probs(vlm, vlm.model.lm_head(h), temperature)    # (n, V)
+        return logp.gather(1, i[:, None])[:, 0]
+    parts = zip(hidden.split(chunk), ids.split(chunk))
+    return torch.cat([checkpoint(chosen, h, i, use_reentrant=False) for h, i in parts])
 
 # %% ../nbs/05_answer.ipynb #8b85db62
 def score(
@@ -294,16 +244,11 @@ def score(
     bf16=False,     # whether the network's products are rounded to bf16
 ):                  # (N,) log-probabilities of the N marked ids, row by row
     "How likely the marked ids are, with a gradient."
-    before, cut = [0] * len(dialogues), 0
-    if acts_late(vlm):
-        ids, mask, _ = collate(vlm, dialogues, before)
-        begins = (mask * ~second_look(vlm, ids)).sum(1)     # ids before a second picture
-        cut = begins.max().item()
-        before = (cut - begins).tolist()
+    pictures = [picture for d in dialogues for picture in d.pictures]
     with torch.autocast(vlm.model.device.type, torch.bfloat16, enabled=bf16):
-        ids, hidden = _hidden(vlm, dialogues, before, cut)  # (B, L), (B, L, D)
+        ids, mask, positions = collate(vlm, dialogues)                      # (B, L)
+        hidden = forward(vlm, ids, mask, positions, pictures)               # (B, L, D)
     marked = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (start, numbers) in enumerate(zip(before, masks)):
-        marked[row, start:start + len(numbers)] = torch.tensor(numbers) > 0
+    for row, numbers in zip(marked, masks): row[-len(numbers):] = torch.tensor(numbers) > 0
     states = hidden[:, :-1][marked[:, 1:]]      # where a marked id is next     # (N, D)
     return chosen_logps(vlm, states, ids[:, 1:][marked[:, 1:]], temperature)

@@ -5,25 +5,31 @@ from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
 
 RULE = 'confident'  # the label-free one where no rows choose it
-RUNS = ('base', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0',  # README's
+RUNS = ('base', 'verdict', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0',  # README's
         'sft_single_shot')
 
 def demo(args):     # of the command line
-    "Show what the loop does to the first test scenes, and the results."
+    "Show what the loop does to test scenes, and the results."
     from .boxes import iou
     from .columns import four_columns
-    from .loop import free_cores, loop_of, model_policy, rollout
     from .model import load
     from .render import filmstrip, stack
     from .scenes import split
+    from .verdict import free_cores, go_round, loop_of
     writable(args.out)
     films = []
     with free_cores():
         vlm = load(args.model, args.device)
         loop = loop_of(vlm, args.steps)
-        for e in rollout(model_policy(vlm, loop), split('test', args.n), loop):
-            texts = [f'step {t}: IoU {iou(b, e.sample.truth):.2f}' for t, b in enumerate(e.boxes)]
-            films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression))
+        done = go_round(vlm, split('test', 8 * args.n), loop)
+        done.sort(key=lambda e: not any(e.verdicts))    # first those whose answers dispute
+        for e in done[:args.n]:
+            texts = [f'IoU {iou(box, e.sample.truth):.2f}' for box in e.boxes]
+            for k, odds in enumerate(e.verdicts):
+                if odds is not None: texts[k] += f', verdict {odds:+.1f}'
+                if k == e.kept: texts[k] += ', kept'
+            films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression,
+                                   side=140))
     stack(films).save(args.out)
     print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
     print('mean IoU on the test scenes; oracle picks the best step with the labels: no method')
@@ -35,17 +41,13 @@ def outputs(args):      # of the command line
     if args.json and not args.out: return [None] * len(args.image)
     if len(args.image) == 1: return [writable(args.out or 'ivt_min_refined.jpg')]
     folder = Path(args.out or 'ivt_min_refined')
-    names = []
-    for path in args.image:
-        stem = Path(path).stem
-        names.append(stem if stem not in names else f'{stem}-{len(names)}')
-    return [writable(folder/f'{name}.jpg') for name in names]
+    return [writable(folder/f'{k}-{Path(path).stem}.jpg') for k, path in enumerate(args.image)]
 
 def refine(args):       # of the command line
     "Find what the words mean in each picture; print the steps, and write pictures of them."
     if not args.expression.strip(): raise ValueError('the expression is empty')
-    from .loop import check_pictures, refine
     from .model import find_model
+    from .verdict import check_pictures, refine
     find_model(args.model)
     check_pictures(args.image, args.expression)     # what is wrong is said before the work
     files = outputs(args)
@@ -68,6 +70,7 @@ def said(
     for t, step in enumerate(found.steps):
         line = f'  step {t}: {px(step.box)}'
         if step.confidence is not None: line += f', confidence {step.confidence:.3f}'
+        if step.verdict is not None: line += f', verdict {step.verdict:+.1f}'
         if step.note: line += f' ({step.note})'
         lines.append(line)
     lines.append(f'  final: {px(found.final)}; wrote {file}')
@@ -102,7 +105,8 @@ def ask_all(
     from .core import append_jsonl, from_row, read_jsonl, to_row, write_jsonl
     from .datasets import missed, scan
     from .evaluate import read_run
-    from .loop import model_policy, record, rollout
+    from .loop import record
+    from .verdict import go_round
     if path.exists(): return read_run(path.parent, path.stem, len(samples))
     part = path.with_suffix('.part')
     part.touch()
@@ -111,7 +115,7 @@ def ask_all(
     usable, reasons = scan(samples, skip=True)
     todo = [sample for sample in usable if sample.id not in done]
     for k in logging.tqdm(range(0, len(todo), batch), desc=path.stem):
-        for e in rollout(model_policy(vlm, loop), todo[k:k + batch], loop, batch=batch):
+        for e in go_round(vlm, todo[k:k + batch], loop, batch=batch):
             done[e.sample.id] = record(e)
             append_jsonl(part, to_row(done[e.sample.id]))
     for sample in samples:
@@ -128,8 +132,8 @@ def evaluate(args):     # of the command line
     from .columns import columns
     from .datasets import read_rows
     from .evaluate import table
-    from .loop import free_cores, loop_of, remind
     from .model import load
+    from .verdict import free_cores, loop_of, remind
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
     samples = {split: read_rows(path, args.convention) for split, path in data.items()}
@@ -186,10 +190,10 @@ def build_parser():
     for name, (_, what, example) in COMMANDS.items():
         p = made[name] = commands.add_parser(name, help=what, description=what,
                                              epilog=f'example: {example}')
-        p.add_argument('--steps', type=whole(0), help='refinements after the first answer')
+        p.add_argument('--steps', type=whole(0), help='answers after the first')
         p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")
-        if name != 'evaluate': p.add_argument('--model', default='sft', help='what comes along, '
-                                              'a folder, or a name on the hub; by default sft')
+        if name != 'evaluate': p.add_argument('--model', default='single', help='what comes '
+                                              'along, a folder, or a name on the hub; else single')
     made['demo'].add_argument('-n', type=whole(2), default=4, help='number of scenes')
     made['demo'].add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
     one = made['refine']

@@ -50,9 +50,10 @@ RULES = dict(
 
 def pick(
     t,      # a Trajectory
-    rule,   # one of RULES, else ValueError
+    rule,   # one of RULES, or 'kept': the one that the loop keeps itself; else ValueError
 ):          # a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
+    if rule == 'kept': return t.boxes[t.kept or 0]
     if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
     return RULES[rule](t.boxes, t.confidences) if _read(t.boxes) else None
 
@@ -92,6 +93,7 @@ def columns(
     "Step 0 | last | label-free | oracle."
     both = {t.id for t in test} & {t.id for t in val}
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
+    if {t.kept for t in test} - {None}: rule = 'kept'
     rule = rule or choose_rule(val)
     rows = []
     for column in COLUMNS:

@@ -36,6 +36,8 @@ class Trajectory:
     confidences: list   # one a step: mean log-probability of the box's tokens, or None
     texts: list         # one a step: the answer as written
     notes: list = field(default_factory=list)   # one a step: what was wrong with it, or ''
+    verdicts: list = field(default_factory=list)    # one a step: log-odds that its box is right
+    kept: int = None    # which box is the answer, in a loop that judges
 
 # %% ../nbs/00_core.ipynb #504a2305
 def _floats(values, n):
@@ -46,13 +48,16 @@ def _floats(values, n):
 
 def to_row(t):  # a Trajectory
     "A trajectory as a dict for JSON; raises ValueError where it is malformed."
-    for values in (t.confidences, t.texts, t.notes):
+    for values in (t.confidences, t.texts, t.notes, t.verdicts):
         if values and len(values) != len(t.boxes):
             raise ValueError(f'{t.id}: its lists differ in length')
     row = asdict(t)
     row['truth'] = _floats(t.truth or (), 4)
     row['boxes'] = [None if box is None else _floats(box, 4) for box in t.boxes]
-    row['confidences'] = [None if v is None else _floats([v], 1)[0] for v in t.confidences]
+    for name in ('confidences', 'verdicts'):
+        row[name] = [None if v is None else _floats([v], 1)[0] for v in row[name]]
+    if t.kept is None: del row['verdicts'], row['kept']
+    elif t.kept not in range(len(t.boxes)): raise ValueError(f'{t.id}: no box {t.kept!r} to keep')
     return row
 
 # %% ../nbs/00_core.ipynb #1a0ac00e

@@ -11,19 +11,19 @@ from pathlib import Path
 from .core import data_path, settings_hash, stored, to_row, write_json, write_jsonl
 from .scenes import SIZES, split
 from .model import load
-from .loop import Loop, drawing, model_policy, record, rollout
+from .loop import Loop, record
 from .evaluate import read_run
+from .verdict import go_round
 
 # %% ../nbs/lab/30_lab.ipynb #453380ae
 def answers(
     vlm,            # VLM
     samples,        # list of core.Sample
-    loop,           # Loop
-    draw=drawing(), # function of an Episode -> the box to draw, permille, or None
+    loop,           # Loop or Views
     batch=128,      # samples at once
 ):                  # list of Trajectory
     "What a model answers in the loop."
-    return [record(e) for e in rollout(model_policy(vlm, loop), samples, loop, draw, batch=batch)]
+    return [record(e) for e in go_round(vlm, samples, loop, batch)]
 
 # %% ../nbs/lab/30_lab.ipynb #5bf06609
 def model_hash():

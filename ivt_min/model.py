@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
            'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'second_look',
-           'acts_late', 'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'fold']
+           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'merge', 'fold']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
 import inspect, os, re, warnings
@@ -131,7 +131,9 @@ def load(
     ours = Path(source)/'ivt.json'
     if (Path(source)/'adapter_config.json').exists():
         about = read_json(ours)
-        return _with_adapter(load(about['base'], device, nf4, max_pixels), source, about)
+        base = load(about['base'], device, nf4, max_pixels)
+        merge(base)     # an adapter of its own, if it has one
+        return _with_adapter(base, source, about)
     local = isinstance(source, Path) or _must_be_cached(source)
     where = _device(device)
     with _no_bars(local):
@@ -233,17 +235,14 @@ def question(
 def collate(
     vlm,            # VLM
     dialogues,      # B of them
-    before=None,    # B numbers: columns of padding before each; by default all end together
 ):                  # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
-    "A batch of dialogues, padded to one length."
-    lengths = [len(d.ids) for d in dialogues]
-    before = before or [max(lengths) - n for n in lengths]
-    width = max(map(sum, zip(before, lengths)))
+    "A batch of dialogues, padded to one length; all end together."
+    width = max(len(d.ids) for d in dialogues)
     ids = torch.full((len(dialogues), width), vlm.tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
-    for row, (d, start) in enumerate(zip(dialogues, before)):
-        ids[row, start:start + len(d.ids)] = torch.tensor(d.ids)
-        mask[row, start:start + len(d.ids)] = 1
+    for row, d in enumerate(dialogues):
+        ids[row, -len(d.ids):] = torch.tensor(d.ids)
+        mask[row, -len(d.ids):] = 1
     is_image = (ids == vlm.model.config.image_token_id).int()
     grids = [picture.grid for d in dialogues for picture in d.pictures]
     positions, _ = vlm.model.model.get_rope_index(
@@ -294,17 +293,13 @@ def _adapted_layers(vlm):
     return {layer: [name for name in layer.active_adapters if name in layer.lora_B]
             for layer in vlm.adapted}
 
-def acts_late(vlm):   # VLM
-    "Whether the adapter that acts is a late one."
-    return any(name in vlm.late for names in _adapted_layers(vlm).values() for name in names)
-
 # %% ../nbs/04_model.ipynb #717d1dc1
 @contextmanager
 def _adapters(vlm, late):
     "Late adapters act where `late`, (B, L) bool, is true; others everywhere, folded if they are."
     def gate(module, args, out): return out * late[..., None].to(out)
     layers = _adapted_layers(vlm)
-    everywhere = late.all() or not acts_late(vlm)
+    everywhere = late.all() or vlm.late.isdisjoint(sum(layers.values(), []))
     plain, hooks = {}, []
     if everywhere: plain = vlm.folded
     elif late.any() or torch.is_grad_enabled():
@@ -381,6 +376,14 @@ def set_adapter_weights(
     from peft import functional
     bare = {key.removeprefix('base_model.model.'): weight for key, weight in weights.items()}
     functional.set_peft_model_state_dict(vlm.model, bare, name)
+
+# %% ../nbs/04_model.ipynb #254ee742
+def merge(vlm): # VLM
+    "Put what its adapter adds into its weights for good."
+    for layer, names in _adapted_layers(vlm).items():
+        layer.merge(adapter_names=names)
+        layer.merged_adapters.clear()
+        for name in names: layer.delete_adapter(name)
 
 # %% ../nbs/04_model.ipynb #4202bf9d
 SAVED = 'adapter_model.safetensors'     # the file of a PEFT folder

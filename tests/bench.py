@@ -53,7 +53,8 @@ from ivt_min.core import data_path, read_json, read_jsonl
 from ivt_min.scenes import split
 from ivt_min.model import load, question, second_look
 from ivt_min.answer import Turn, answer, choose, closed, log_probs, stops, uniforms
-from ivt_min.loop import Loop, go_on, loop_of, model_policy, rollout
+from ivt_min.loop import Loop, go_on, model_policy, rollout
+from ivt_min.verdict import loop_of
 from ivt_min.train import (TARGETS, add_lora, copy_adapter, last_checkpoint, optimiser, pack,
                            save_checkpoint, unpack)
 from ivt_min.sft import SFT, make_row, sft_loss, train_sft

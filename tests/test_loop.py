@@ -14,8 +14,9 @@ from ivt_min.boxes import parse_box
 from ivt_min.scenes import split
 from ivt_min.model import load, question
 from ivt_min.answer import answer, closed, score
-from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, refine as same, rollout,
-                          scripted, transcript)
+from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, rollout, scripted,
+                          transcript)
+from ivt_min.verdict import refine as same
 from ivt_min.evaluate import metrics
 from ivt_min.datasets import missed, read_ref_adv_s, scan
 
