@@ -1,12 +1,12 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
-import argparse, hashlib, json, os, sys, tempfile, warnings
+import argparse, hashlib, json, os, runpy, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
 
 RULE = 'confident'  # the label-free one where no rows choose it
-RUNS = ('base', 'verdict', 'naive', 'naive_turn', 'sft_errors', 'sft-s1', 'grpo-s0',  # README's
-        'sft_single_shot')
+RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
+        'sft_paper_single-s0')  # README's
 
 def demo(args):     # of the command line
     "Show what the loop does to test scenes, and the results."
@@ -45,7 +45,6 @@ def outputs(args):      # of the command line
 
 def refine(args):       # of the command line
     "Find what the words mean in each picture; print the steps, and write pictures of them."
-    if not args.expression.strip(): raise ValueError('the expression is empty')
     from .model import find_model
     from .verdict import check_pictures, refine
     find_model(args.model)
@@ -102,30 +101,27 @@ def ask_all(
 ):              # list of Trajectory
     "The trajectories of all samples. They are kept as they come; stopped anywhere, it goes on."
     from transformers.utils import logging
-    from .core import append_jsonl, from_row, read_jsonl, to_row, write_jsonl
+    from .core import append_jsonl, read_jsonl, to_row
     from .datasets import missed, scan
     from .evaluate import read_run
     from .loop import record
     from .verdict import go_round
-    if path.exists(): return read_run(path.parent, path.stem, len(samples))
-    part = path.with_suffix('.part')
-    part.touch()
-    with part.open('rb+') as f: f.truncate(f.read().rfind(b'\n') + 1)   # a line may be torn
-    done = {row['id']: from_row(row) for row in read_jsonl(part)}
-    usable, reasons = scan(samples, skip=True)
-    todo = [sample for sample in usable if sample.id not in done]
-    for k in logging.tqdm(range(0, len(todo), batch), desc=path.stem):
-        for e in go_round(vlm, todo[k:k + batch], loop, batch=batch):
-            done[e.sample.id] = record(e)
-            append_jsonl(part, to_row(done[e.sample.id]))
-    for sample in samples:
-        if sample.id not in reasons: continue
-        done[sample.id] = missed(sample, reasons[sample.id], loop.steps + 1)
-        print(f'counts as no box: {sample.id}: {reasons[sample.id]}', file=sys.stderr)
-    trajectories = [done[sample.id] for sample in samples]
-    write_jsonl(path, map(to_row, trajectories))
-    part.unlink()
-    return trajectories
+    if path.exists(): return read_run(path.parent, path.stem, samples)
+    kept = path.with_suffix('.part')
+    kept.touch()
+    with kept.open('rb+') as f: f.truncate(f.read().rfind(b'\n') + 1)   # a line may be torn
+    begin = len(read_jsonl(kept))
+    _, reasons = scan(samples, skip=True)
+    for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
+    for k in logging.tqdm(range(begin, len(samples), batch), desc=path.stem):
+        part = samples[k:k + batch]
+        usable = [sample for sample in part if sample.id not in reasons]
+        found = {e.sample.id: record(e) for e in go_round(vlm, usable, loop, batch)}
+        for x in part:
+            one = found.get(x.id) or missed(x, reasons[x.id], loop.steps + 1)
+            append_jsonl(kept, to_row(one))
+    kept.replace(path)
+    return read_run(path.parent, path.stem, samples)
 
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
@@ -153,6 +149,12 @@ def evaluate(args):     # of the command line
     print(f'{table(rows)}\nlabel-free: the box by the rule {rule}, {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
 
+def reproduce(args):    # of the command line
+    "Make stored runs again, beside the old ones; what that costs is said before."
+    script = data_path().parent/'tests'/'reproduce.py'
+    if not script.exists(): raise ValueError('runs are made again in a clone of the project only')
+    runpy.run_path(str(script))['main'](args.only, args.list)
+
 # ---- the command line
 
 def whole(least):   # number
@@ -179,7 +181,9 @@ COMMANDS = dict(    # its function, what it is for, an example
     refine=(refine, 'find what the words mean in one picture or many',
             'ivt_min refine data/examples/scene-0.png "the large red star" --json'),
     evaluate=(evaluate, 'ask a model every row of a JSONL file: image, expression, box (px)',
-              'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'))
+              'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'),
+    reproduce=(reproduce, 'make the stored runs again, from the shipped base',
+               'ivt_min reproduce --only grpo_paper-s0 --list'))
 
 def build_parser():
     "All commands and their options."
@@ -190,6 +194,7 @@ def build_parser():
     for name, (_, what, example) in COMMANDS.items():
         p = made[name] = commands.add_parser(name, help=what, description=what,
                                              epilog=f'example: {example}')
+        if name == 'reproduce': continue
         p.add_argument('--steps', type=whole(0), help='answers after the first')
         p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")
         if name != 'evaluate': p.add_argument('--model', default='single', help='what comes '
@@ -208,6 +213,9 @@ def build_parser():
     all_of.add_argument('--convention', default='xyxy px', choices=('xyxy px', 'xywh px'),
                         help='what the four numbers of a box are')
     all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
+    again = made['reproduce']
+    again.add_argument('--only', help='name of one run')
+    again.add_argument('--list', action='store_true', help='say what it costs, and make nothing')
     for p in (one, all_of):
         p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
     return parser

@@ -12,10 +12,13 @@ from dataclasses import replace
 from itertools import pairwise, zip_longest
 import numpy as np
 from .boxes import iou
-from .evaluate import bootstrap, hits, ious, metrics, part_rows, result_row, table
+from .evaluate import (bootstrap, check_answers, hits, ious, metrics, part_rows,
+                              result_row, table)
 
 # %% ../nbs/08_columns.ipynb #881a2116
 def _read(boxes): return [box for box in boxes if box is not None]
+
+def _first(boxes, confidences): return boxes[0]
 
 def _last(boxes, confidences): return boxes[-1]
 
@@ -45,8 +48,8 @@ def _medoid(boxes, confidences):
 # name -> function of (boxes, confidences), one a step, to a box; a box or a confidence may be None,
 # but one box is there; confidences may be empty
 RULES = dict(
-    last=_last, held=_held, confident=_confident, agree50=_agree(.5), agree70=_agree(.7),
-    agree90=_agree(.9), mean=_mean, medoid=_medoid)
+    first=_first, last=_last, held=_held, confident=_confident, agree50=_agree(.5),
+    agree70=_agree(.7), agree90=_agree(.9), mean=_mean, medoid=_medoid)
 
 def pick(
     t,      # a Trajectory
@@ -172,14 +175,6 @@ def mcnemar(
     tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
     return min(1., 2 * tail / 2 ** (wins + losses))
 
-# %% ../nbs/08_columns.ipynb #633b61e9
-def _same_questions(run, against, new, old):
-    "Raises ValueError where two lists of Trajectories are not one answer each to one list."
-    for x, y in zip_longest(new, old):
-        if x is None or y is None or (x.id, x.truth) != (y.id, y.truth):
-            raise ValueError(f'{(x or y).id}: not the same question to {run} and {against}')
-        if not len(x.boxes) == len(y.boxes) == 1: raise ValueError(f'{x.id}: more than one box')
-
 # %% ../nbs/08_columns.ipynb #380924c7
 def compare(
     run,        # name of the new answers
@@ -189,7 +184,7 @@ def compare(
     seed=0,     # of the bootstrap
 ):              # dicts as of `metrics`; those of accuracies also with p, wins, losses
     "What the new answers score above the old ones, sample by sample."
-    _same_questions(run, against, new, old)
+    for pair in ((new, old), (old, new)): check_answers(*pair, steps=0)
     before, after = ious(old), ious(new)
     def row(metric, difference):
         return result_row(run, f'vs {against}', metric, difference, seed)

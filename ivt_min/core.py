@@ -7,7 +7,7 @@ __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'replace_f
            'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'settings_hash', 'stored']
 
 # %% ../nbs/00_core.ipynb #b1a262c7
-import hashlib, json, os
+import gzip, hashlib, json, os
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,9 +125,9 @@ def write_jsonl(
     path,   # file, its folders are made
     rows,   # dicts
 ):          # nothing
-    "Write all rows to `path`, at once or not at all."
-    lines = [_dumps(row, ensure_ascii=False) + '\n' for row in rows]
-    replace_file(path, ''.join(lines).encode())
+    "Write all rows to `path`, at once or not at all; packed where its name ends in .gz."
+    data = ''.join(_dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()
+    replace_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == '.gz' else data)
 
 # %% ../nbs/00_core.ipynb #03cbdb56
 def append_jsonl(
@@ -146,7 +146,8 @@ def read_jsonl(path):  # file
     "Read the rows, dicts, of `path`; raises ValueError that names the file and the line."
     rows = []
     n = 0
-    with open(path, 'rb') as f:
+    unpack = gzip.open if Path(path).suffix == '.gz' else open
+    with unpack(path, 'rb') as f:
         while line := f.readline(_LONGEST + 1):
             n += 1
             where = f'{path}, line {n}'

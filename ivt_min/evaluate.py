@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ious', 'hits', 'bootstrap', 'target_size', 'result_row', 'part_rows', 'metrics', 'Table', 'table',
-           'read_run']
+           'check_answers', 'read_run']
 
 # %% ../nbs/07_evaluate.ipynb #f886de56
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .boxes import area, iou
-from .core import from_row, read_jsonl, rng
+from .boxes import area, iou, parse_box
+from .core import from_row, read_json, read_jsonl, rng
 
 # %% ../nbs/07_evaluate.ipynb #f2aeb278
 def ious(
@@ -45,11 +44,8 @@ def bootstrap(
     n = len(values)
     if not n or not np.isfinite(values).all(): raise ValueError(f'{n} values, not all finite')
     draw = rng('bootstrap', seed)
-    means = []
-    for k in range(0, n_boot, 100):     # a hundred at once bounds the memory
-        chosen = draw.integers(n, size=(min(100, n_boot - k), n))
-        means += values[chosen].mean(1).tolist()
-    low, high = np.quantile(means, (.025, .975))
+    chosen = draw.integers(n, size=(n_boot, n))
+    low, high = np.quantile(values[chosen].mean(1), (.025, .975))
     return float(values.mean()), float(low), float(high)
 
 # %% ../nbs/07_evaluate.ipynb #fe13aff0
@@ -149,16 +145,46 @@ def table(
     return Table((*keys, *cells), body)
 
 # %% ../nbs/07_evaluate.ipynb #24d43cb4
+def check_answers(
+    done,       # list of Trajectory
+    asked,      # list of core.Sample (or of Trajectory) that were asked, in order
+    steps=None, # refinements of the loop, T; by default as many as the first has
+):              # nothing; raises ValueError that names the sample
+    "Refuse answers that no loop can have given to these questions."
+    if len(done) != len(asked): raise ValueError(f'{len(done)} samples, not {len(asked)}')
+    seen = set()
+    for t, s in zip(done, asked):
+        n = len(done[0].boxes) if steps is None else steps + 1
+        said = [parse_box(text).box for text in t.texts]
+        wrong = {
+            f'asked was {s.id}, {s.expression!r}, {s.truth}':
+                (t.id, t.expression, t.truth) != (s.id, s.expression, s.truth),
+            'is there more than once': t.id in seen,
+            f'{len(t.boxes)} answers, not {n}': len(t.boxes) != n,
+            'a box beyond 0 to 1000': any(min(b) < 0 or max(b) > 1000 for b in t.boxes if b),
+            f'its texts say {said}, not {t.boxes}': said not in ([], t.boxes),
+            'a log-probability above 0': any((v or 0) > 0 for v in t.confidences)}
+        for what in wrong:
+            if wrong[what]: raise ValueError(f'{t.id}: {what}')
+        seen.add(t.id)
+    far = [v for t in done for box in t.boxes if box for v in box]
+    if len(done) > 19 and far and 2 * max(far) < max(v for t in done for v in t.truth):
+        raise ValueError(f'no box goes beyond {max(far):.0f}, as the truth does: pixels?')
+
+# %% ../nbs/07_evaluate.ipynb #e0577904
 def read_run(
     folder,         # of the run
     split='test',   # which samples it answers
-    n=None,         # how many there must be
+    asked=None,     # as for `check_answers`; by default nothing is known of it
 ):                  # list of Trajectory; raises ValueError that names the file and what is wrong
-    "The trajectories of a run."
+    "The trajectories of a run, checked; its loop is the one that its config.json names."
     path = Path(folder)/f'{split}.jsonl'
-    try: done = [from_row(row) for row in read_jsonl(path)]
+    packed = path.with_suffix('.jsonl.gz')
+    if packed.exists(): path = packed
+    config = Path(folder)/'config.json'
+    loop = read_json(config).get('loop') if config.exists() else None
+    try:
+        done = [from_row(row) for row in read_jsonl(path)]
+        check_answers(done, asked or done, loop and loop['steps'])
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
-    twice = [name for name, count in Counter(t.id for t in done).items() if count > 1]
-    if twice: raise ValueError(f'{path}: more than once: {", ".join(twice[:5])}')
-    if n not in (None, len(done)): raise ValueError(f'{path}: {len(done)} samples, not {n}')
     return done

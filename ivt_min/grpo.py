@@ -58,12 +58,10 @@ def advantage(
 class GRPO:
     "Settings of GRPO."
     loop: Loop = Loop(max_tokens=32, temperature=1.)    # that is rolled out
-    first: bool = True      # whether step 0 is sampled, too; else it is greedy and not learned
     reward: str = 'final'   # one of REWARDS
     format_weight: float = .1   # weight of readable answers in it
     prompts: int = 8        # samples a step
     group: int = 6          # trajectories a sample, N
-    updates: int = 1        # of the weights, a step
     std: bool = True        # as for `advantage`
     floor: float = .05      # as for `advantage`
     low: float = .2         # the ratio is clipped at 1 - low ...
@@ -75,17 +73,13 @@ class GRPO:
     clip: float = 1.        # most that the gradient's norm may be
     micro: int = 16         # trajectories a forward; changes the memory, not the result
     bf16: bool = False      # whether products in the update are in bf16; sampling is in fp32
-    steps: int = 60         # rollouts, each with its updates
+    steps: int = 60         # rollouts, each with one update
     every: int = 20         # steps between checkpoints
     seed: int = 0           # of the order and of all sampling
 
     def __post_init__(self):
-        means = ('sample', 'token', 'constant')
-        for name, known in (('reward', REWARDS), ('loss_mean', means)):
-            value = getattr(self, name)
-            if value not in known: raise ValueError(f'{name} {value!r}: not of {", ".join(known)}')
-        if not self.first and self.loop.steps == 0: raise ValueError('first=False and no step: '
-                                                                     'nothing is sampled')
+        if self.reward not in REWARDS or self.loss_mean not in ('sample', 'token', 'constant'):
+            raise ValueError(f'reward {self.reward!r}, loss_mean {self.loss_mean!r}: not known')
 
 # %% ../nbs/12_grpo.ipynb #8bb9a665
 def normaliser(
@@ -123,12 +117,6 @@ def grpo_loss(
     return loss.sum() / n, sums
 
 # %% ../nbs/12_grpo.ipynb #f6ec9720
-def _without_first(row, start):
-    "A transcript of which nothing before the id `start` is learned."
-    skipped = sum(row.mask[:start])
-    mask = (0,) * start + row.mask[start:]
-    return Transcript(row.dialogue, mask, row.logps[skipped:])
-
 def collect_rollouts(
     vlm,        # VLM
     samples,    # list of core.Sample: P prompts
@@ -140,19 +128,9 @@ def collect_rollouts(
     keys = [('grpo', s.seed, step, x.id, m)
             for x in samples for m in range(s.group)]
     asked = {}      # key of an episode -> its dialogues, step by step
-    sampled = model_policy(vlm, s.loop, asked)
-    greedy = model_policy(vlm, replace(s.loop, temperature=0.), asked)
-
-    def policy(episodes, memory=None):
-        if memory is None and not s.first: return greedy(episodes)
-        return sampled(episodes, memory)
-
+    policy = model_policy(vlm, s.loop, asked)
     episodes = rollout(policy, many, s.loop, keys=keys, batch=len(many), progress=False)
-    rows = [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
-    if not s.first:
-        rows = [_without_first(row, len(asked[e.key][1].ids))
-                for row, e in zip(rows, episodes)]
-    return episodes, rows
+    return episodes, [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
 
 # %% ../nbs/12_grpo.ipynb #6fcccc6a
 def logps(
@@ -211,29 +189,15 @@ def _prompts(samples, s, step):
     order = rng('grpo', s.seed, epoch).permutation(len(samples))
     return [samples[i] for i in order[k * s.prompts:(k + 1) * s.prompts]]
 
-def _fixed_logps(vlm, rows, s, name, ref):
-    "What the policy gave its ids before the update, and what the reference gives them, or None."
-    old = [torch.tensor(row.logps) for row in rows]
-    if s.bf16 or vlm.model.device.type != 'cpu':    # in bf16, too, the ratio must begin at 1
-        old = reference_logps(vlm, rows, s, name) if s.updates > 1 else None
-    return old, reference_logps(vlm, rows, s, ref, name) if s.beta else None
-
-def _batch(new, old, fixed, part):
-    "What the policy gives the ids of a forward, gave before the update, and the reference: (B, M)."
-    logp = _pad(new)
-    was = logp.detach() if old is None else _pad(old, part)
-    return logp, was, was if fixed is None else _pad(fixed, part)
-
 def _micro_batches(A, rows, s):
     "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
     live = [i for i in range(len(A)) if s.beta or A[i] != 0]
     live.sort(key=lambda i: len(rows[i].mask))  # those of like length share a forward
     return [live[k:k + s.micro] for k in range(0, len(live), s.micro)]
 
-def _pad(tensors, part=None):
-    "Some tensors of different length, or all, as one: (B, M), zeros at the end."
-    chosen = tensors if part is None else [tensors[i] for i in part]
-    return pad_sequence(chosen, batch_first=True)
+def _pad(tensors):
+    "Tensors of different length as one: (B, M), zeros at the end."
+    return pad_sequence(tensors, batch_first=True)
 
 # %% ../nbs/12_grpo.ipynb #fb873849
 def train_grpo(
@@ -254,19 +218,20 @@ def train_grpo(
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)
         R = np.reshape([reward(e, s.reward, s.format_weight) for e in episodes], (-1, s.group))
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
-        took = time.time() - start
-        old, fixed = _fixed_logps(vlm, rows, s, name, ref)
+        fixed = reference_logps(vlm, rows, s, ref, name) if s.beta else None
         n = normaliser(s, [len(row.logps) for row in rows])
-        for _ in range(s.updates):
-            sums = Counter(loss=0., k3=0., clipped=0.)
-            for part in _micro_batches(A, rows, s):
-                new = logps(vlm, [rows[i] for i in part], s)
-                mask = _pad([torch.ones_like(x) for x in new])      # (B, M)
-                loss, said = grpo_loss(*_batch(new, old, fixed, part), A[part], mask, s, n)
-                loss.backward()
-                sums.update(said, loss=loss.item())
-            moved = run.move(sums['loss'])      # clip, step
+        sums = Counter(loss=0., k3=0.)
+        for part in _micro_batches(A, rows, s):
+            new = logps(vlm, [rows[i] for i in part], s)
+            mask = _pad([torch.ones_like(x) for x in new])      # (B, M)
+            logp = _pad(new)
+            old = logp.detach()     # one update a rollout: the ratio is 1
+            leash = _pad([fixed[i] for i in part]) if fixed else old
+            loss, said = grpo_loss(logp, old, leash, A[part], mask, s, n)
+            loss.backward()
+            sums.update(k3=said['k3'], loss=loss.item())
+        moved = run.move(sums['loss'])      # clip, step
         ids = sum(len(row.logps) for row in rows)
         run.note(**moved, **rollout_stats(episodes, R, rows), k3=sums['k3'] / ids,
-                 clipped=sums['clipped'] / ids, tokens_s=ids / took, seconds=time.time() - start)
+                 seconds=time.time() - start)
     return run.log

@@ -25,8 +25,8 @@ class SFT:
     rank: int = 64          # of LoRA's matrices
     alpha: int = 64         # LoRA's scale is alpha / rank
     reasoning: bool = True  # whether reasoning is learned, or boxes alone
+    first: bool = False     # whether the model's own first answer is learned, too
     late: bool = False      # whether the adapter acts from the second picture on: step 0 stays
-    new_ids: tuple = ()     # ids whose embeddings are learned, too: words that the base never met
     lr: float = 1e-3        # peak learning rate
     warmup: int = 20        # updates up to the peak; a cosine to zero follows
     clip: float = 1.        # most that the gradient's norm may be
@@ -73,7 +73,7 @@ def make_row(
     sample,     # core.Sample
     trace=None, # of `write_traces`, or of a verdict; None is single-shot
 ):              # Row; raises ValueError where the loop would cut or misread a turn
-    "A trace as the loop has it; all after its first answer is learned."
+    "A trace as the loop has it; what its turns say is learned, the first if `s.first` says so."
     said = _turns(vlm, s, sample, trace)
     def policy(episodes, memory): return [said[len(e.turns)] for e in episodes], None
     [episode] = rollout(policy, [sample], replace(s.loop, steps=len(said) - 1))
@@ -82,7 +82,7 @@ def make_row(
             raise ValueError(f'{sample.id}: the loop would cut or misread {turn.text!r}')
     whole = transcript(vlm, s.loop, episode)
     start = whole.mask.index(1)
-    if trace is not None: start += len(said[0].ids)     # the wrong first answer
+    if trace is not None and not s.first: start += len(said[0].ids)
     return Row(whole.dialogue, (0,) * start + whole.mask[start:])
 
 # %% ../nbs/11_sft.ipynb #1ee399f5

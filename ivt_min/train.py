@@ -26,7 +26,7 @@ def trainable(
     name,   # of one of its adapters
 ):          # dict of name -> parameter, fp32
     "The weights of one adapter, the only ones that are left to train."
-    ends = f'.lora_A.{name}.weight', f'.lora_B.{name}.weight', f'.trainable_tokens_delta.{name}'
+    ends = f'.lora_A.{name}.weight', f'.lora_B.{name}.weight'
     params = {n: p for n, p in vlm.model.named_parameters() if n.endswith(ends)}
     vlm.model.requires_grad_(False)
     for p in params.values():
@@ -38,12 +38,10 @@ def trainable(
 def add_lora(
     vlm,    # VLM
     name,   # of its new adapter
-    s,      # settings with rank, alpha, new_ids, late, seed
+    s,      # settings with rank, alpha, late, seed
 ):          # dict of name -> parameter, as of `trainable`
     "A fresh LoRA adapter on the language model; all other weights are frozen."
-    config = LoraConfig(
-        r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS,
-        trainable_token_indices=list(s.new_ids) or None)
+    config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS)
     with torch.random.fork_rng():   # leaves the caller's generator as it was
         torch.manual_seed(s.seed)
         add_adapter(vlm, config, name)
@@ -60,7 +58,6 @@ def copy_adapter(
     config = copy.copy(vlm.model.peft_config[name])
     config.inference_mode = False
     add_adapter(vlm, config, new)
-    if name in vlm.late: vlm.late.add(new)
     params = trainable(vlm, new)
     set_adapter_weights(vlm, new, adapter_weights(vlm, name))
     return params
@@ -195,7 +192,6 @@ class Run:
         "One update from the gradients that are there."
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
         norm, finite = _update(self.params, self.opt, self.s.clip, loss)
-        self.last = f'loss {loss}, gradient norm {norm}'
         return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
 
     def note(self, **row):          # for JSON; raises ValueError at the third bad step in a row
@@ -203,7 +199,7 @@ class Run:
         self.log.append(dict(step=self.step, **row))
         append_jsonl(self.folder/'log.jsonl', self.log[-1])
         if [r['norm'] for r in self.log[-3:]] == [None] * 3:
-            raise ValueError(f'update {self.step}: {self.last}, 3 in a row')
+            raise ValueError(f'update {self.step}: loss or gradient not finite, 3 in a row')
         if (self.step + 1) % self.s.every == 0 or self.step + 1 == self.s.steps:
             save_checkpoint(self.folder, self.step + 1, pack(self.params, self.opt),
                             dict(settings_hash=self.digest, log=self.log))

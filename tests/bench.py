@@ -279,6 +279,9 @@ def plain_model(adapter=None):
 @contextmanager
 def late_adapters(vlm, model, first=False):
     """Late adapters in a plain model: off in the first step, then gated by hooks in the prefill."""
+    if not vlm.late:
+        yield
+        return
     layers, where = [part for part in model.modules() if isinstance(part, LoraLayer)], {}
     def see(module, args, options):
         ids = options["input_ids"]
@@ -407,7 +410,7 @@ def stored(stage, name, **changes):
 def lessons(n):
     """Samples with their traces."""
     known = {x.id: x for x in split("train", 8 * n)}
-    traces = read_jsonl(data_path("runs/traces.jsonl"))
+    traces = read_jsonl(data_path("runs/traces.jsonl.gz"))
     return [(known[t["id"]], t) for t in traces if t["id"] in known][:n]
 
 
@@ -419,8 +422,7 @@ def sorted_rows(vlm, s, told):
 def with_lora(model, params, s):
     """A plain model with peft's adapter, of the weights of ours; its parameters."""
     model = get_peft_model(model, LoraConfig(
-        r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS,
-        trainable_token_indices=list(s.new_ids) or None)).eval()
+        r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS)).eval()
     others = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for p, other in zip(params.values(), others.values(), strict=True): other.data.copy_(p)
     return model, others
@@ -475,19 +477,19 @@ def sft_update(size):
     def loss(model, inputs, n):
         return model(**inputs, num_items_in_batch=n, use_cache=False).loss
     for late, bf16 in ((0, 0), (0, 1), (1, 0), (1, 1))[:4 if size.warm > 1 else 1]:
-        s = stored(SFT, "sft-s0", late=bool(late), bf16=bool(bf16), batch=size.dialogues)
+        s = stored(SFT, "sft_paper-s0", late=bool(late), bf16=bool(bf16), batch=size.dialogues)
         if bf16 and not rounded(s): continue
         name = "sft_update" + "_late" * late + "_bf16" * bf16
         yield Lessons(size, s, plain_model(), loss).race(name, "model(..., labels).loss")
 
 
 def sft_update_trl(size):
-    """The first against the forward of TRL's SFTTrainer, whose fused head learns no `new_ids`."""
+    """The first against the forward of TRL's SFTTrainer, as they are."""
     from trl.trainer.utils import add_fused_lm_head
     model = plain_model()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))   # as the trainer has it
     def loss(model, inputs, n): return -model(**inputs, fused_lm_head=True).log_probs.sum() / n
-    s = stored(SFT, "sft-s0", late=False, bf16=False, new_ids=(), batch=size.dialogues)
+    s = stored(SFT, "sft_paper-s0", late=False, bf16=False, batch=size.dialogues)
     yield Lessons(size, s, model, loss).race("sft_update_trl", "TRL's SFT forward")
 
 
@@ -495,7 +497,7 @@ def training(size):
     """A step of `train_sft` (of 2 epochs) and of `train_grpo` as the stored runs, and in bf16."""
     found = {}
     for _ in range(max(1, size.repeats // 2)):
-        for kind, stage, run in ("sft", SFT, "sft-s0"), ("grpo", GRPO, "grpo-s1"):
+        for kind, stage, run in ("sft", SFT, "sft_paper-s0"), ("grpo", GRPO, "grpo_paper-s1"):
             for bf16 in (False, True)[:1 + hasattr(stage(), "bf16")]:
                 more = dict(bf16=bf16) if hasattr(stage(), "bf16") else {}
                 s = stored(stage, run, steps=4, every=99, **more)
@@ -795,7 +797,7 @@ def roofline(size):
     yield values("gemm_fp32", "GFLOP/s", fp32)
     yield values("gemm_bf16", "GFLOP/s", bf16)
     yield values("bandwidth", "GB/s", copied)
-    vlm, s = endless()[0], stored(SFT, "sft-s0", late=False, bf16=False)
+    vlm, s = endless()[0], stored(SFT, "sft_paper-s0", late=False, bf16=False)
     asked = questions(vlm, split("test", 64))
     weights = sum(p.numel() for p in vlm.model.model.language_model.parameters()) * 4 / 1e9
     def prefill(): answer(vlm, asked, max_tokens=1)
@@ -874,8 +876,8 @@ def drift(size):
     """How far the log-probabilities of sampling lie from those of training, at most."""
     for model in ("tiny", "sft", "grpo"):
         vlm = load(model, device="cpu")
-        s = stored(GRPO, "grpo-s1", prompts=size.prompts, group=size.group, bf16=False)
-        s = replace(s, loop=replace(loop_of(vlm, 2), temperature=1.), first=True)
+        s = stored(GRPO, "grpo_paper-s1", prompts=size.prompts, group=size.group, bf16=False)
+        s = replace(s, loop=replace(loop_of(vlm, 2), temperature=1.))
         rows = collect_rollouts(vlm, split("train", size.prompts), s, 0)[1]
         with torch.no_grad(): again = torch.cat(logps(vlm, rows, s))
         off = (again - torch.tensor([v for row in rows for v in row.logps])).abs().max().item()

@@ -121,12 +121,12 @@ def test_bootstrap_of_any_number_of_resamples():
 def test_run_there_and_back(tmp_path):
     made = some_boxes(20)
     write_jsonl(tmp_path / 'run/val.jsonl', map(to_row, made))
-    assert metrics('x', read_run(tmp_path / 'run', 'val', n=20)) == metrics('x', made)
+    assert metrics('x', read_run(tmp_path / 'run', 'val', made)) == metrics('x', made)
 
 
 @pytest.mark.parametrize('change, message', [
     (lambda rows: rows[:-1], '19 samples, not 20'),
-    (lambda rows: rows[:-1] + rows[:1], 'more than once: s0'),
+    (lambda rows: rows[:-1] + rows[:1], 'asked was s19'),
     (lambda rows: rows[:-1] + [{**rows[-1], 'truth': None}], 'finite numbers'),
     (lambda rows: rows[:-1] + [{'id': 'alone'}], 'not a trajectory'),
     (lambda rows: [], '0 samples'),
@@ -136,7 +136,7 @@ def test_a_wrong_run_is_refused(tmp_path, change, message):
     rows = [json.loads(line) for line in (tmp_path / 'test.jsonl').read_text().splitlines()]
     (tmp_path / 'test.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in change(rows)))
     with pytest.raises(ValueError, match=message) as e:
-        read_run(tmp_path, n=20)
+        read_run(tmp_path, asked=some_boxes(20))
     assert str(tmp_path / 'test.jsonl') in str(e.value)
 
 

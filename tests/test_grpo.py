@@ -158,20 +158,6 @@ def test_trajectories_are_their_keys_alone():
     assert all(list(o.values()) != list(want.values()) for o in others)
 
 
-def test_a_first_answer_that_is_not_sampled_is_greedy_and_not_learned(vlm):
-    hot = replace(TINY.loop, max_tokens=24, temperature=2.)
-    s, few = replace(TINY, loop=hot, first=False), split("train", 2)
-    episodes, rows = collect_rollouts(vlm, few, s, 0)
-    once = Loop(steps=0, max_tokens=24)
-    want = [e.turns[0].ids for e in rollout(model_policy(vlm, once), few, once)]
-    assert [e.turns[0].ids for e in episodes] == [w for w in want for _ in range(3)]
-    assert len({e.turns[1].ids for e in episodes[:3]}) > 1
-    for e, r, new in zip(episodes, rows, logps(vlm, rows, s)):
-        said = tuple(i for i, m in zip(r.dialogue.ids, r.mask) if m)
-        assert said == e.turns[1].ids and r.logps == e.turns[1].logps
-        assert (new - torch.tensor(r.logps)).abs().max() <= 1e-4
-
-
 def test_a_prompt_is_read_once_for_its_whole_group(vlm, monkeypatch):
     """Pictures of each look of the vision tower; (rows, ids) of the language model's forwards."""
     looks, read, inner, few = [], [], vlm.model.model.get_image_features, split("train", 2)
@@ -218,30 +204,28 @@ def test_the_head_needs_the_same_memory_for_any_length(monkeypatch, learn):
 
 # ---- the run
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_twin_says_what_its_model_says(late):
-    vlm, _ = lesson(late=late)
+def test_a_twin_says_what_its_model_says():
+    vlm, _ = lesson()
     _, rows = collect_rollouts(vlm, split("train", 1), TINY, 0)
     taught, same = (torch.cat(reference_logps(vlm, rows, TINY, n)) for n in ("sft", "grpo"))
     assert torch.equal(taught, same)
     with torch.no_grad(): base = torch.cat(logps(load(device="cpu"), rows, TINY))
     n, gap = len(rows[0].logps) // 2, (taught - base).abs()
-    assert gap[n:2 * n].max() > 1e-3 and (gap[:n].max() < 1e-5) == late
+    assert gap[n:2 * n].max() > 1e-3 and gap[:n].max() > 1e-3
 
 
-@pytest.mark.parametrize("per, first", [("sample", True), ("token", False), ("constant", True)])
-def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, per, first):
+@pytest.mark.parametrize("per", ["sample", "token", "constant"])
+def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, per):
     """Loss and gradient's norm, whole and without a ratio, of a twin that has left its leash."""
     monkeypatch.setattr(grpo, "reward", by_ids)
-    loop = replace(TINY.loop, max_tokens=20, steps=1 if first else 2)
-    s = replace(TINY, loop=loop, loss_mean=per, first=first, beta=.5)
+    loop = replace(TINY.loop, max_tokens=20, steps=1)
+    s = replace(TINY, loop=loop, loss_mean=per, beta=.5)
     few, (vlm, params) = split("train", 5), lesson(.1)
     vlm.model.double()      # the head's log-probabilities stay in fp32
     episodes, _ = collect_rollouts(vlm, [few[i] for i in rng("grpo", 0, 0).permutation(5)[:2]], s, 0)
     A = advantage(np.reshape([by_ids(e) for e in episodes], (2, 3))).ravel()
     rows, loss = [transcript(vlm, s.loop, e) for e in episodes], 0.
-    masks = [[m and (first or sum(r.mask[:k]) >= len(e.turns[0].ids)) for k, m in enumerate(r.mask)]
-             for r, e in zip(rows, episodes)]
+    masks = [r.mask for r in rows]
     lengths = [*map(sum, masks)]
     assert len(set(lengths)) > 1
     many = dict(sample=6, token=sum(lengths), constant=6 * 40)[per]
@@ -257,7 +241,7 @@ def test_a_step_is_its_formula_and_touches_one_adapter(tmp_path, monkeypatch, pe
     before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
     [row] = train_grpo(vlm, params, few, s, tmp_path)
     assert abs(row["loss"] - loss.item()) < 1e-6 and abs(row["norm"] / norm.item() - 1) < 1e-5
-    assert abs(row["loss"]) > 1e-4 and norm > 1e-3 and row["k3"] > 1e-3 and row["clipped"] == 0
+    assert abs(row["loss"]) > 1e-4 and norm > 1e-3 and row["k3"] > 1e-3
     after = dict(vlm.model.named_parameters())
     assert {n for n, p in after.items() if not torch.equal(p, before[n])} == set(params)
     assert {n for n, p in after.items() if p.requires_grad} == set(params)
@@ -281,10 +265,9 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
     assert sum(sizes) == 3 + 12     # all six by the reference, and with a gradient
 
 
-@pytest.mark.parametrize("bad", [dict(reward="best"), dict(loss_mean="word"),
-                                 dict(first=False, loop=Loop(steps=0))])
+@pytest.mark.parametrize("bad", [dict(reward="best"), dict(loss_mean="word")])
 def test_settings_that_teach_nothing(bad):
-    with pytest.raises(ValueError, match="not of|nothing is sampled"): replace(TINY, **bad)
+    with pytest.raises(ValueError, match="not known"): replace(TINY, **bad)
 
 
 def test_fewer_samples_than_prompts(tmp_path):

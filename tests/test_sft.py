@@ -35,7 +35,7 @@ def vlm():
 def traced():
     """Pairs of a sample of the training split and its trace."""
     few = {x.id: x for x in split("train", 120)}
-    rows = read_jsonl(data_path("runs/traces.jsonl"))
+    rows = read_jsonl(data_path("runs/traces.jsonl.gz"))
     return [(few[r["id"]], r) for r in rows if r["id"] in few][:8]
 
 
@@ -299,12 +299,12 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path, name, harm):
     assert step == 2 and tensors["x"].tolist() == [2] * 9
 
 
-# ---- late adapters, and rows of the embedding
+# ---- late adapters
 
-def noise(rows=()):
+def noise():
     """A base with a late adapter of random weights, bf16 values."""
     vlm, g = load(device="cpu"), torch.Generator().manual_seed(0)
-    s = replace(TINY, late=True, new_ids=rows)
+    s = replace(TINY, late=True)
     for p in add_lora(vlm, "noisy", s).values():
         p.data = (p.data + torch.randn(p.shape, generator=g) * .2).bfloat16().float()
     return vlm
@@ -337,8 +337,8 @@ def test_a_late_adapter_is_scored_as_it_was_sampled(noisy):
     assert (new - old).abs().max() <= 1e-4
 
 
-def test_a_late_adapter_and_its_rows_are_handed_on(tmp_path):
-    few, loop, noisy = split("train", 3), Loop(fill=(0, 255, 0)), noise((13, 42, 64))
+def test_a_late_adapter_is_handed_on(tmp_path):
+    few, loop, noisy = split("train", 3), Loop(fill=(0, 255, 0)), noise()
     save_adapter(noisy, "noisy", tmp_path / "noisy", loop)
     told = [load(tmp_path / "noisy", device="cpu"), load(device="cpu")]
     assert Loop(**told[0].loop) == loop and told[0].late == {"noisy"}
@@ -350,7 +350,7 @@ def test_a_late_adapter_and_its_rows_are_handed_on(tmp_path):
     with torch.no_grad():
         mine, *others = (score(v, [words], marks) for v in (noisy, *told))
         base = score(load(device="cpu"), [words], marks)
-    assert torch.equal(mine, others[0]) and (mine - base).abs().max() > 1
+    assert torch.equal(mine, others[0]) and (mine - base).abs().max() < 1e-5
     assert not torch.equal(mine, others[1])     # plain PEFT acts on the first answer, too
     assert ids(told[0], few)[0] == ids(noisy, few)[0]
 

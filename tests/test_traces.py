@@ -53,7 +53,7 @@ def test_way_is_straight_and_ends_at_the_truth(box, truth, steps):
 
 
 def test_last_target_is_the_truth_exactly_for_the_stored_traces():
-    for row in read_jsonl(data_path("runs/traces.jsonl")):
+    for row in read_jsonl(data_path("runs/traces.jsonl.gz")):
         truth = row["targets"][-1]
         assert interpolate(row["box"], truth, 2) == [tuple(t) for t in row["targets"]]
 
@@ -72,7 +72,7 @@ def test_errors_are_kept_and_nothing_else():
 
 
 def test_fresh_scenes_are_those_that_were_asked():
-    rows = [r for r in read_jsonl(data_path("runs/traces.jsonl")) if r["id"].startswith("harvest")]
+    rows = [r for r in read_jsonl(data_path("runs/traces.jsonl.gz")) if r["id"].startswith("harvest")]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
         sample = fresh(int(row["id"][8:]))
         assert (sample.id, sample.source) == (row["id"], row["source"])
@@ -204,7 +204,7 @@ def other_words(box, target, g):
 @pytest.mark.parametrize("writer", ["script", "other words"])
 def test_lies_are_caught(writer):
     g, caught, lies = random.Random(writer), 0, 0
-    rows = read_jsonl(data_path("runs/traces.jsonl"))
+    rows = read_jsonl(data_path("runs/traces.jsonl.gz"))
     while lies < 1000:
         row, k = g.choice(rows), g.randrange(2)
         box, target = ([row["box"]] + row["targets"])[k], row["targets"][k]
