@@ -151,7 +151,7 @@ def evaluate(args):     # of the command line
 
 def reproduce(args):    # of the command line
     "Make stored runs again, beside the old ones; what that costs is said before."
-    script = data_path().parent/'tests'/'reproduce.py'
+    script = data_path().parent/'tests/reproduce.py'
     if not script.exists(): raise ValueError('runs are made again in a clone of the project only')
     runpy.run_path(str(script))['main'](args.only, args.list)
 

@@ -161,7 +161,8 @@ def check_answers(
                 (t.id, t.expression, t.truth) != (s.id, s.expression, s.truth),
             'is there more than once': t.id in seen,
             f'{len(t.boxes)} answers, not {n}': len(t.boxes) != n,
-            'a box beyond 0 to 1000': any(min(b) < 0 or max(b) > 1000 for b in t.boxes if b),
+            'a box that is none within 0 to 1000': any(
+                min(b) < 0 or max(b) > 1000 or not area(b) for b in t.boxes if b),
             f'its texts say {said}, not {t.boxes}': said not in ([], t.boxes),
             'a log-probability above 0': any((v or 0) > 0 for v in t.confidences)}
         for what in wrong:

@@ -25,11 +25,11 @@ from .loop import Loop, _start, go_on, model_policy, record, rollout
 from .columns import RULES
 
 # %% ../nbs/13_verdict.ipynb #a7e74e58
-_WAYS = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1)
+_WAYS = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1)
 
 def move(
     image,  # RGB image
-    step,   # number of a step, 0 to 8
+    step,   # number of a step, 0 to 7
 ):          # RGB image of the same size; how far it was moved to the right and down, px
     "The picture as a step sees it: step 0 as it is, others moved by a 32nd of its shorter side."
     far = max(1, round(min(image.size) / 32))

@@ -51,7 +51,7 @@ REFUSED = {     # a cheat -> what is done to a trajectory, what the reader says
     "pixels": (lambda t: replace(t, boxes=[b and to_pixels(b, SIDE, SIDE) for b in t.boxes], **BARE),
                "pixels"),
     "large pixels": (lambda t: replace(t, boxes=[b and to_pixels(b, 4000, 4000) for b in t.boxes], **BARE),
-                     "beyond 0 to 1000"),
+                     "none within 0 to 1000"),
 }
 
 

@@ -265,9 +265,9 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
     assert sum(sizes) == 3 + 12     # all six by the reference, and with a gradient
 
 
-@pytest.mark.parametrize("bad", [dict(reward="best"), dict(loss_mean="word")])
-def test_settings_that_teach_nothing(bad):
-    with pytest.raises(ValueError, match="not known"): replace(TINY, **bad)
+def test_settings_that_teach_nothing():
+    with pytest.raises(ValueError, match="reward 'best': not of final"): replace(TINY, reward="best")
+    with pytest.raises(KeyError, match="word"): normaliser(replace(TINY, loss_mean="word"), [1])
 
 
 def test_fewer_samples_than_prompts(tmp_path):
