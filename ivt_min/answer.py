@@ -8,13 +8,15 @@ __all__ = ['stops', 'log_probs', 'choose', 'Turn', 'box_confidence', 'closed', '
 
 # %% ../nbs/05_answer.ipynb #ea7d4794
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from .core import distinct, rng
 from .boxes import parse_box
-from .model import collate, fold, forward, second_look
+from .model import _marks, collate, forward, second_look
 
 # %% ../nbs/05_answer.ipynb #7c56a546
 def stops(vlm):     # VLM
@@ -67,7 +69,8 @@ def box_confidence(
     turn,   # Turn
 ):          # mean log-probability of its box, None without one
     "How sure the model was of the numbers that it wrote: of the tokens that overlap the box."
-    found = _BOX.search(turn.text)
+    text = turn.text.removeprefix(vlm.opens)
+    found = _BOX.search(text, max(0, text.rfind('</think>')))   # none that is only thought of
     if not found or parse_box(turn.text).box is None: return None
     inside = []
     begin = 0   # characters before a token
@@ -156,11 +159,16 @@ def _end(vlm, row, until):
     if until and until(vlm.tokenizer.decode([i for i, _ in row])): return 'box'
     return ''
 
-def _turn(vlm, row, end):
+def _opened(vlm, dialogues):
+    "What the dialogues open an answer with, a thought where the model's template begins with one."
+    marks = _marks(vlm, vlm.opens)
+    return vlm.opens if dialogues[0].ids[-len(marks):] == marks else ''
+
+def _turn(vlm, row, end, opened=''):
     "The turn of a row of sampled (id, log-probability)."
     ids, logps = zip(*row)
     said = ids[:-1] if end == 'stop' else ids
-    turn = Turn(ids, logps, vlm.tokenizer.decode(said), end=end)
+    turn = Turn(ids, logps, opened + vlm.tokenizer.decode(said), end=end)
     return replace(turn, confidence=box_confidence(vlm, turn))
 
 # %% ../nbs/05_answer.ipynb #d3a024e7
@@ -195,16 +203,17 @@ def answer(
     if temperature and len(keys or ()) != len(dialogues): raise ValueError('one key a dialogue')
     unlike, row_of = distinct(dialogues)    # a dialogue that comes more than once is read once
     again = len(unlike) < len(dialogues)
+    opened = _opened(vlm, dialogues)
     if memory and again:
         memory = _repeat(vlm, memory, [row_of.index(k) for k in range(len(unlike))])
-    with fold(vlm):
-        logits, memory = _prefill(vlm, unlike, memory)
-        u = None
-        if temperature:     # but answered as often as it comes
-            u = uniforms(keys, max_tokens).to(logits.device)                    # (B, max_tokens)
-            if again: logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
-        rows, ends, memory = _decode(vlm, logits, memory, u, max_tokens, temperature, until)
-    turns = [_turn(vlm, row, end) for row, end in zip(rows, ends)]
+    logits, memory = _prefill(vlm, unlike, memory)
+    u = None
+    if temperature:     # but answered as often as it comes
+        u = uniforms(keys, max_tokens).to(logits.device)                    # (B, max_tokens)
+        if again: logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
+    rows, ends, memory = _decode(vlm, logits, memory, u, max_tokens, temperature,
+                                 until and (lambda text: until(opened + text)))
+    turns = [_turn(vlm, row, end, opened) for row, end in zip(rows, ends)]
     if again and not temperature:
         turns, memory = [turns[k] for k in row_of], _repeat(vlm, memory, row_of)
     return turns, memory
@@ -236,17 +245,30 @@ def chosen_logps(
     return torch.cat([checkpoint(chosen, h, i, use_reentrant=False) for h, i in parts])
 
 # %% ../nbs/05_answer.ipynb #8b85db62
+@contextmanager
+def _checkpointed(vlm, wanted):
+    "While this is open, a layer keeps only what it was given, and is run again for a gradient."
+    layers = vlm.model.model.language_model.layers if wanted else []
+    if wanted and vlm.late: raise ValueError('checkpointing: not with a late adapter')
+    for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try: yield
+    finally:
+        for layer in layers: del layer.forward
+
+# %% ../nbs/05_answer.ipynb #0d5f1801
 def score(
     vlm,            # VLM
     dialogues,      # B finished dialogues
     masks,          # B tuples, one number an id: 1 where it is scored
     temperature=0., # that they were sampled at
     bf16=False,     # whether the network's products are rounded to bf16
+    checkpointing=False,    # whether layers are run again for the gradient: slower, less memory
 ):                  # (N,) log-probabilities of the N marked ids, row by row
     "How likely the marked ids are, with a gradient."
     pictures = [picture for d in dialogues for picture in d.pictures]
-    with torch.autocast(vlm.model.device.type, torch.bfloat16, enabled=bf16):
-        ids, mask, positions = collate(vlm, dialogues)                      # (B, L)
+    ids, mask, positions = collate(vlm, dialogues)                          # (B, L)
+    with torch.autocast(vlm.model.device.type, torch.bfloat16, enabled=bf16), \
+            _checkpointed(vlm, checkpointing):
         hidden = forward(vlm, ids, mask, positions, pictures)               # (B, L, D)
     marked = torch.zeros_like(ids, dtype=torch.bool)
     for row, numbers in zip(marked, masks): row[-len(numbers):] = torch.tensor(numbers) > 0

@@ -28,9 +28,14 @@ def to_pixels(
     return tuple(v * side / 1000 for v, side in zip(box, (width, height) * 2))
 
 # %% ../nbs/01_boxes.ipynb #5863d582
-def format_box(box):  # (x0, y0, x1, y1), permille; as the model is to write it
+def format_box(
+    box,        # (x0, y0, x1, y1), permille
+    label=None, # text that names it, for Qwen3-VL's own form: a list in a fence
+):              # text, as the model is to write it
     "The answer that names a box, rounded to whole permille."
-    return '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(round(v) for v in box)
+    text = '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(round(v) for v in box)
+    if label is None: return text
+    return f'```json\n[\n\t{text[:-1]}, "label": {json.dumps(label)}}}\n]\n```'
 
 # %% ../nbs/01_boxes.ipynb #cd66e953
 def area(box):  # (x0, y0, x1, y1)

@@ -16,10 +16,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from .core import rng
 from .boxes import iou
-from .model import use_adapter
+from .model import question, use_adapter
 from .answer import score
 from .loop import Loop, Transcript, model_policy, rollout, transcript
-from .train import Run, fingerprint
+from .train import Run, fingerprint, ranks, total
 
 # %% ../nbs/12_grpo.ipynb #a512873a
 def _final(ious): return ious[-1]
@@ -72,6 +72,8 @@ class GRPO:
     warmup: int = 5         # steps up to the peak; a cosine to zero follows
     clip: float = 1.        # most that the gradient's norm may be
     micro: int = 16         # trajectories a forward; changes the memory, not the result
+    slice: int = 64         # trajectories that are sampled at once; nor does this
+    checkpointing: bool = False     # whether layers are run again for gradients; nor does this
     bf16: bool = False      # whether products in the update are in bf16; sampling is in fp32
     steps: int = 60         # rollouts, each with one update
     every: int = 20         # steps between checkpoints
@@ -129,7 +131,7 @@ def collect_rollouts(
             for x in samples for m in range(s.group)]
     asked = {}      # key of an episode -> its dialogues, step by step
     policy = model_policy(vlm, s.loop, asked)
-    episodes = rollout(policy, many, s.loop, keys=keys, batch=len(many), progress=False)
+    episodes = rollout(policy, many, s.loop, keys=keys, batch=s.slice, progress=False)
     return episodes, [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
 
 # %% ../nbs/12_grpo.ipynb #6fcccc6a
@@ -144,7 +146,7 @@ def logps(
         part = rows[k:k + s.micro]
         masks = [row.mask for row in part]
         dialogues = [row.dialogue for row in part]
-        marked = score(vlm, dialogues, masks, s.loop.temperature, s.bf16)
+        marked = score(vlm, dialogues, masks, s.loop.temperature, s.bf16, s.checkpointing)
         out += marked.split([sum(mask) for mask in masks])
     return out
 
@@ -165,30 +167,43 @@ def reference_logps(
 
 # %% ../nbs/12_grpo.ipynb #86d69501
 def rollout_stats(
-    episodes,   # B Episodes
-    rewards,    # (P, N)
-    rows,       # B Transcripts
-):              # for the log
+    episodes,   # B Episodes of this process
+    rewards,    # (P, N), theirs
+    rows,       # B Transcripts, theirs
+    k3=0.,      # sum of the KL over their ids
+):              # dict for the log, over all processes
     "What a step's rollouts were like."
     ious = np.array([[iou(box, e.sample.truth) for box in e.boxes]
                      for e in episodes])            # (B, T + 1)
     drops = np.maximum(0, -np.diff(ious))           # (B, T)
     copied = [iou(a, b) > .99 for e in episodes for a, b in pairwise(e.boxes)]
-    return dict(
-        reward=rewards.mean(), miou=ious.mean(0).tolist(),
-        D=drops.sum() / max(1, drops.size),
-        copies=sum(copied) / max(1, len(copied)),
-        length=np.mean([sum(row.mask) for row in rows]),
-        entropy=-np.mean([logp for row in rows for logp in row.logps]),
+    means = dict(
+        reward=rewards.mean(), miou=ious.mean(0), D=drops.sum() / max(1, drops.size),
+        copies=sum(copied) / max(1, len(copied)), length=np.mean([sum(row.mask) for row in rows]),
         flat=(np.ptp(rewards, axis=1) == 0).mean())
+    said = np.concatenate([row.logps for row in rows])
+    ids, logp, k3 = total([len(said), said.sum(), k3])
+    stats = {name: np.divide(total(v), ranks()[1]).tolist() for name, v in means.items()}
+    return stats | dict(entropy=-logp / ids, k3=k3 / ids)
 
 # %% ../nbs/12_grpo.ipynb #f5938990
+def _fit(vlm, samples, s):
+    "What the log of a run says of its samples; ValueError where a step could not be made of them."
+    rank, n_ranks = ranks()
+    if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
+    if s.prompts % n_ranks: raise ValueError(f'{s.prompts} prompts a step, {n_ranks} processes')
+    for x in samples[rank::n_ranks]: question(vlm, x)
+    return [(x.id, x.expression, x.truth) for x in samples]
+
 def _prompts(samples, s, step):
-    "The samples of a step: every epoch takes them in another order."
+    "This process's samples of a step: every epoch takes them in another order."
+    rank, n_ranks = ranks()
     epoch, k = divmod(step, len(samples) // s.prompts)
     order = rng('grpo', s.seed, epoch).permutation(len(samples))
-    return [samples[i] for i in order[k * s.prompts:(k + 1) * s.prompts]]
+    which = order[k * s.prompts:(k + 1) * s.prompts]
+    return [samples[i] for i in which[rank::n_ranks]]
 
+# %% ../nbs/12_grpo.ipynb #39f24c53
 def _micro_batches(A, rows, s):
     "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
     live = [i for i in range(len(A)) if s.beta or A[i] != 0]
@@ -210,8 +225,7 @@ def train_grpo(
     ref='sft',      # the one that holds the leash
 ):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
-    if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
-    told = [(x.id, x.expression, x.truth) for x in samples]
+    told = _fit(vlm, samples, s)
     run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), samples=told))
     for step in run:
         start = time.time()
@@ -219,19 +233,17 @@ def train_grpo(
         R = np.reshape([reward(e, s.reward, s.format_weight) for e in episodes], (-1, s.group))
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
         fixed = reference_logps(vlm, rows, s, ref, name) if s.beta else None
-        n = normaliser(s, [len(row.logps) for row in rows])
+        n = total(normaliser(s, [len(row.logps) for row in rows]))
         sums = Counter(loss=0., k3=0.)
         for part in _micro_batches(A, rows, s):
             new = logps(vlm, [rows[i] for i in part], s)
-            mask = _pad([torch.ones_like(x) for x in new])      # (B, M)
-            logp = _pad(new)
+            logp, mask = _pad(new), _pad([torch.ones_like(x) for x in new])     # (B, M)
             old = logp.detach()     # one update a rollout: the ratio is 1
             leash = _pad([fixed[i] for i in part]) if fixed else old
             loss, said = grpo_loss(logp, old, leash, A[part], mask, s, n)
             loss.backward()
             sums.update(k3=said['k3'], loss=loss.item())
-        moved = run.move(sums['loss'])      # clip, step
-        ids = sum(len(row.logps) for row in rows)
-        run.note(**moved, **rollout_stats(episodes, R, rows), k3=sums['k3'] / ids,
+        moved = run.move(sums['loss'])      # add up, clip, step
+        run.note(**moved, **rollout_stats(episodes, R, rows, sums['k3']),
                  seconds=time.time() - start)
     return run.log

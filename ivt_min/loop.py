@@ -109,9 +109,10 @@ def rollout(
     "Every sample is asked, then shown its own answer, `loop.steps` times."
     asked = list(zip(samples, keys or [(s.id,) for s in samples]))
     order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
-    starts = range(0, len(samples), batch)
     done = {}
-    for start in logging.tqdm(starts, disable=not progress or len(starts) < 2):
+    answers = len(samples) * (loop.steps + 1)
+    bar = logging.tqdm(total=answers, disable=not progress, delay=5)    # s until it is shown
+    for start in range(0, len(samples), batch):
         part = order[start:start + batch]
         episodes = [_start(*asked[k]) for k in part]
         memory = None
@@ -120,7 +121,9 @@ def rollout(
                 episodes = [replace(e, drawn=(*e.drawn, draw(e))) for e in episodes]
             turns, memory = policy(episodes, memory)
             episodes = [_heard(e, turn) for e, turn in zip(episodes, turns)]
+            bar.update(len(part))
         done.update(zip(part, episodes))
+    bar.close()
     return [done[k] for k in range(len(samples))]
 
 # %% ../nbs/06_loop.ipynb #95a29a2b
@@ -145,6 +148,7 @@ def go_on(
     box = episode.drawn[-1]
     if not iou(box, box): prompt = loop.missing + prompt    # nothing is drawn without an area
     before, after = _AROUND[loop.form]
+    if loop.form == 'turn': after += vlm.opens
     said = _goes_on(episode.turns[-1])
     ids = (*dialogue.ids, *said, *_marks(vlm, before), *image_tokens(vlm, shown),
            *encode(vlm, prompt), *_marks(vlm, after))

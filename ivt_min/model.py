@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
            'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'second_look',
-           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'merge', 'fold']
+           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'merge']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
 import inspect, os, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import torch as safe
 from torch.nn import functional as F
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+from transformers import (AttentionInterface, AttentionMaskInterface,
                           AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -42,10 +41,10 @@ class VLM:
     prompt: str         # the question, with {expression}
     name: str           # folder or hub name that it was loaded from
     made_for: str = ''  # what it was made for, where it is of no use elsewhere
+    opens: str = ''     # what its template begins an answer with: '', or a thought's mark
     loop: dict = None   # settings of the loop that its adapter was taught with
     late: set = field(default_factory=set)  # names of its late adapters, see `forward`
     adapted: list = field(default_factory=list) # its layers that have an adapter, of `add_adapter`
-    folded: dict = field(default_factory=dict)  # layer -> its function while adapters are folded
 
 # %% ../nbs/04_model.ipynb #33430952
 def shipped():    # of name -> folder
@@ -84,32 +83,34 @@ AttentionMaskInterface.register('sdpa_fp32', sdpa_mask)
 # %% ../nbs/04_model.ipynb #b2e19c71
 def _device(name):
     "A device that is there, by default a GPU if there is one; else ValueError."
-    device = str(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    gpu = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'     # torchrun gives each process its own
+    device = str(name or (gpu if torch.cuda.is_available() else 'cpu'))
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device {device!r}: {str(e).splitlines()[0]}') from None
     return device
 
-def _weights_as(device, nf4):
-    "What from_pretrained is told about the weights, and on a CPU about attention."
-    dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    told = dict(dtype=dtype)
-    if device == 'cpu': told['attn_implementation'] = 'sdpa_fp32'
+# %% ../nbs/04_model.ipynb #2a580cae
+def _weights_as(device, nf4, dtype=None, attention=None):
+    "What from_pretrained is told about the weights and about attention."
+    cpu = device == 'cpu'
+    dtype = getattr(torch, dtype or ('float32' if cpu else 'bfloat16'))
+    told = dict(dtype=dtype, attn_implementation=attention or ('sdpa_fp32' if cpu else 'sdpa'))
     if not nf4: return told
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=['model.visual', 'lm_head'])
+        bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['model.visual', 'lm_head'])
     return dict(told, quantization_config=four_bits)
 
 # %% ../nbs/04_model.ipynb #7041df64
 @contextmanager
-def _no_bars(hidden):
-    "Without transformers' progress bars if `hidden`; afterwards they are as they were."
-    hide = hidden and logging.is_progress_bar_enabled()
-    if hide: logging.disable_progress_bar()
+def _no_bars():
+    "Without transformers' progress bars; afterwards they are as they were."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try: yield
     finally:
-        if hide: logging.enable_progress_bar()
+        if shown: logging.enable_progress_bar()
 
 # %% ../nbs/04_model.ipynb #0090c3ec
 def _as_product(embed):
@@ -119,36 +120,55 @@ def _as_product(embed):
         return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
     embed.forward = forward
 
-# %% ../nbs/04_model.ipynb #310fe7db
-def load(
-    name=None,              # as for `find_model`; by default the embedded tiny model
-    device=None,            # 'cpu', 'cuda', ...; by default a GPU if there is one
-    nf4=False,              # 4-bit weights in the language model
-    max_pixels=1024 * 1024, # cap on a picture's size for the model, px
-):                          # VLM; raises OSError or ValueError, in one line, where there is none
-    "A model by its name, ready to answer."
-    source = find_model(name)
-    ours = Path(source)/'ivt.json'
-    if (Path(source)/'adapter_config.json').exists():
-        about = read_json(ours)
-        base = load(about['base'], device, nf4, max_pixels)
-        merge(base)     # an adapter of its own, if it has one
-        return _with_adapter(base, source, about)
-    local = isinstance(source, Path) or _must_be_cached(source)
-    where = _device(device)
-    with _no_bars(local):
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, local_files_only=local, device_map=where, **_weights_as(where, nf4))
-        processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+# %% ../nbs/04_model.ipynb #a370bfbb
+def _ready(vlm, source, min_pixels, max_pixels):
+    "A VLM as it was loaded, with its pixel budget and the beginning of its answers."
+    model, size = vlm.model, vlm.processor.size
+    model.name_or_path = source
     _as_product(model.model.visual.patch_embed)
     for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
         if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
-    processor.size = {edge: min(processor.size[edge], max_pixels)
-                      for edge in ('shortest_edge', 'longest_edge')}
+    most = min(size['longest_edge'], max_pixels or 1024 * 1024)
+    least = min(min_pixels or size['shortest_edge'], most)
+    vlm.processor.size = dict(shortest_edge=least, longest_edge=most)
+    said = vlm.tokenizer.apply_chat_template([dict(role='user', content='')], tokenize=False,
+                                             add_generation_prompt=True)
+    return replace(vlm, opens=said.split('assistant\n')[-1])
+
+# %% ../nbs/04_model.ipynb #310fe7db
+def load(
+    name=None,      # as for `find_model`; by default the embedded tiny model
+    device=None,    # 'cpu', 'cuda', ...; by default a GPU if there is one
+    nf4=False,      # 4-bit weights in the language model
+    dtype=None,     # of the other weights: 'float32' (by default on a CPU) or 'bfloat16'
+    attention=None,     # one of transformers' kinds, 'flash_attention_2' ...; by default 'sdpa'
+    min_pixels=None,    # smaller pictures are scaled up to it, px; by default as it was taught
+    max_pixels=None,    # larger ones down to it; by default as it was taught, or 1024 * 1024
+    prompt=None,        # the question, with {expression}; by default as it was taught
+):                  # VLM; raises OSError or ValueError, in one line, where there is none
+    "A model by its name, ready to answer."
+    source = find_model(name)
+    folder = source if isinstance(source, Path) else _from_hub(source)
+    ours, adapter = folder/'ivt.json', folder/'adapter_config.json'
     about = read_json(ours) if ours.exists() else {}
-    return VLM(model.eval(), tokenizer, processor, about.get('prompt', OFFICIAL),
-               str(name or 'tiny'), about.get('made_for', ''))
+    least, most = about.get('pixels', (None, None))
+    pixels = min_pixels or least, max_pixels or most
+    prompt = prompt or about.get('prompt')
+    if adapter.exists():
+        below = about.get('base') or read_json(adapter)['base_model_name_or_path']
+        base = load(below, device, nf4, dtype, attention, *pixels, prompt)
+        merge(base)     # an adapter of its own, if it has one
+        return _with_adapter(base, folder, about, Path(source).name)
+    where = _device(device)
+    with _no_bars():
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, device_map=where,
+            **_weights_as(where, nf4, dtype, attention))
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    vlm = VLM(model.eval(), tokenizer, processor, prompt or OFFICIAL, str(name or 'tiny'),
+              about.get('made_for', ''))
+    return _ready(vlm, str(source), *pixels)
 
 # %% ../nbs/04_model.ipynb #685fd524
 def encode(
@@ -208,7 +228,7 @@ def ask(
     ids = [*_marks(vlm, '<|im_start|>user\n')]
     for picture in pictures: ids += image_tokens(vlm, picture)
     ids += encode(vlm, text)
-    ids += _marks(vlm, '<|im_end|>\n<|im_start|>assistant\n')
+    ids += _marks(vlm, f'<|im_end|>\n<|im_start|>assistant\n{vlm.opens}')
     return Dialogue(tuple(ids), pictures)
 
 # %% ../nbs/04_model.ipynb #a286706b
@@ -296,13 +316,12 @@ def _adapted_layers(vlm):
 # %% ../nbs/04_model.ipynb #717d1dc1
 @contextmanager
 def _adapters(vlm, late):
-    "Late adapters act where `late`, (B, L) bool, is true; others everywhere, folded if they are."
+    "Late adapters act where `late`, (B, L) bool, is true; others everywhere."
     def gate(module, args, out): return out * late[..., None].to(out)
     layers = _adapted_layers(vlm)
-    everywhere = late.all() or vlm.late.isdisjoint(sum(layers.values(), []))
+    if late.all() or vlm.late.isdisjoint(sum(layers.values(), [])): layers = {}
     plain, hooks = {}, []
-    if everywhere: plain = vlm.folded
-    elif late.any() or torch.is_grad_enabled():
+    if late.any() or torch.is_grad_enabled():
         hooks = [layer.lora_B[name].register_forward_hook(gate)
                  for layer, names in layers.items() for name in names]
     else: plain = {layer: layer.get_base_layer().forward for layer in layers}
@@ -395,10 +414,10 @@ def _misfits(new, old):
     return sorted({key for key, _ in given ^ wanted})
 
 # %% ../nbs/04_model.ipynb #52554de9
-def _with_adapter(vlm, folder, about):
+def _with_adapter(vlm, folder, about, name):
     "The VLM with the adapter of a folder; ValueError where its file is not one of this model."
     from peft import PeftConfig
-    name = folder.name.replace('.', '_')    # a point would divide a module's name
+    name = name.replace('.', '_')    # a point would divide a module's name
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     add_adapter(vlm, config, name)
@@ -407,32 +426,18 @@ def _with_adapter(vlm, folder, about):
     odd = _misfits(weights, adapter_weights(vlm, name))
     if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
     set_adapter_weights(vlm, name, weights)
-    if about['late']: vlm.late.add(name)
-    loop = dict(about['loop'], fill=tuple(about['loop']['fill']))
+    if about.get('late'): vlm.late.add(name)
+    loop = about.get('loop')
+    if loop: loop = dict(loop, fill=tuple(loop['fill']))
     return replace(vlm, name=name, loop=loop)
 
-# %% ../nbs/04_model.ipynb #3808c946
-@contextmanager
-def fold(vlm):  # VLM
-    "While this is open, what an adapter adds is in the weights; for sampling, not for training."
-    for layer, names in _adapted_layers(vlm).items():
-        plain = layer.get_base_layer()
-        if plain.weight.dtype == torch.float32:
-            added = sum(layer.get_delta_weight(name) for name in names)
-            vlm.folded[layer] = partial(F.linear, weight=plain.weight + added, bias=plain.bias)
-    try: yield
-    finally: vlm.folded.clear()
-
 # %% ../nbs/04_model.ipynb #feee4771
-def _must_be_cached(name):
-    "Whether a hub model can only come from this machine's cache; OSError where it is nowhere."
-    try: HfApi().model_info(name, timeout=10)
+def _from_hub(name):
+    "The folder of a model or adapter of the hub, fetched unless it is there; OSError in one line."
+    wanted = '*.json', '*.jinja', '*.txt', '*.safetensors'  # nothing that could run
+    try: return Path(snapshot_download(name, allow_patterns=wanted))
     except RepositoryNotFoundError: raise FileNotFoundError(f'no model {name} on the hub') from None
     except Exception as e:  # no network, or none wanted
-        try: AutoConfig.from_pretrained(name, local_files_only=True)
-        except OSError:
-            why = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise OSError(f'{name}: the hub is out of reach, and the model is not in the cache '
-                          f'of this machine ({why})') from None
-        return True
-    return False
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise OSError(f'{name}: the hub is out of reach, and the model is not in the cache '
+                      f'of this machine ({why})') from None

@@ -9,12 +9,13 @@ __all__ = ['SFT', 'Row', 'make_row', 'sft_loss', 'train_sft']
 import math
 from dataclasses import asdict, dataclass, replace
 import torch
+from transformers.utils import logging
 from .core import rng
 from .boxes import format_box
-from .model import Dialogue, encode
+from .model import Dialogue, encode, words_of
 from .answer import Turn, closed, score
 from .loop import Loop, rollout, transcript
-from .train import Run, fingerprint
+from .train import Run, fingerprint, ranks, total
 
 # %% ../nbs/11_sft.ipynb #a8ca85ab
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class SFT:
     clip: float = 1.        # most that the gradient's norm may be
     batch: int = 32         # dialogues an update
     micro: int = 16         # dialogues a forward; changes the memory, not the result
+    checkpointing: bool = False     # whether layers are run again for gradients; nor does this
+    label: bool = False     # whether boxes are learned in Qwen3-VL's own form, with a label
     bf16: bool = False      # whether products with frozen weights are in bf16
     steps: int = 300        # updates
     every: int = 100        # updates between checkpoints
@@ -52,7 +55,9 @@ def _turns(vlm, s, sample, trace):
         words += [f'{text}\n' if s.reasoning else '' for text in trace['texts']]
         boxes = [trace['box'], *trace['targets']]
     turns = []
-    for text, box in zip(words, map(format_box, boxes)):
+    label = words_of(sample) if s.label else None
+    for text, place in zip(words, boxes):
+        box = format_box(place, label)
         ids = *encode(vlm, text), *encode(vlm, box)     # apart, so that a box has its own ids
         turns.append(Turn(ids, (), text + box, end='box'))
     verdict = (trace or {}).get('verdict')
@@ -61,10 +66,11 @@ def _turns(vlm, s, sample, trace):
 
 # %% ../nbs/11_sft.ipynb #b2eb807b
 def _as_said(turn, box):
-    "Whether the loop ends a turn at its end and nowhere before, and reads the box that it names."
+    "Whether the loop ends a turn at its end and nowhere before, and reads the last box in it."
     text = turn.text
     ends = [k for k in range(1, len(text) + 1) if closed(text[:k])]
-    return ends == [len(text)] and box is not None and text.endswith(format_box(box))
+    last = text[text.rindex('{'):]
+    return ends == [len(text)] and box is not None and last.startswith(format_box(box)[:-1])
 
 # %% ../nbs/11_sft.ipynb #61202b3a
 def make_row(
@@ -90,11 +96,13 @@ def sft_loss(
     vlm,    # VLM
     rows,   # list of Row, those of a forward
     n,      # learned ids of the whole update
-    bf16=False,     # as for `score`
+    bf16=False,             # as for `score`
+    checkpointing=False,    # as for `score`
 ):
     "Cross-entropy of the learned ids: their sum over the number of the whole update."
     masks = [row.mask for row in rows]
-    logp = score(vlm, [row.dialogue for row in rows], masks, bf16=bf16)     # (N,)
+    dialogues = [row.dialogue for row in rows]
+    logp = score(vlm, dialogues, masks, 0., bf16, checkpointing)    # (N,)
     return -logp.sum() / n
 
 # %% ../nbs/11_sft.ipynb #b2f26aa6
@@ -107,19 +115,22 @@ def train_sft(
 ):              # list of dicts, the log, one an update; raises ValueError after 3 bad ones
     "Train an adapter; stopped anywhere, it goes on from its last checkpoint."
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
+    rank, n_ranks = ranks()
+    for x, trace in logging.tqdm(lessons[rank::n_ranks], desc='lessons are tried', delay=5):
+        make_row(vlm, s, x, trace)      # what is wrong is said before the first update
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
     run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), lessons=told))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
         order = rng('sft', s.seed, epoch).permutation(len(lessons)).tolist()
         which = order[k * s.batch:(k + 1) * s.batch]
-        rows = [make_row(vlm, s, *lessons[i]) for i in which]
+        rows = [make_row(vlm, s, *lessons[i]) for i in which[rank::n_ranks]]
         rows.sort(key=lambda row: len(row.mask))    # rows of like length share a forward
-        n = sum(sum(row.mask) for row in rows)
-        total = 0.
+        n = int(total(sum(sum(row.mask) for row in rows)))
+        sum_of_losses = 0.
         for k in range(0, len(rows), s.micro):
-            loss = sft_loss(vlm, rows[k:k + s.micro], n, s.bf16)
+            loss = sft_loss(vlm, rows[k:k + s.micro], n, s.bf16, s.checkpointing)
             loss.backward()
-            total += loss.item()
-        run.note(ids=n, **run.move(total))          # clip, step, log
+            sum_of_losses += loss.item()
+        run.note(ids=n, **run.move(sum_of_losses))  # add up, clip, step, log
     return run.log

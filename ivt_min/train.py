@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint', 'last_checkpoint', 'fingerprint', 'rate',
-           'optimiser', 'pack', 'unpack', 'Run', 'save_adapter']
+           'optimiser', 'pack', 'unpack', 'ranks', 'total', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
 import copy, hashlib, math, os, shutil
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from safetensors import torch as safe
 from transformers.utils import logging
@@ -152,17 +154,45 @@ def unpack(
         if kind == 'weight': p.copy_(v)
         else: opt.state[p][kind] = v if kind == 'step' else v.to(p.device)
 
+# %% ../nbs/10_train.ipynb #6df93c16
+def ranks():    # number of this process; how many there are
+    "The processes that `torchrun` started; the first call joins them. Without it there is one."
+    n = int(os.environ.get('WORLD_SIZE', 1))
+    if n > 1 and not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(days=1))
+    return int(os.environ.get('RANK', 0)), n
+
+# %% ../nbs/10_train.ipynb #f4abf61c
+def _add_up(x):
+    "Add a tensor up over all processes, in place."
+    if ranks()[1] == 1: return
+    try: dist.all_reduce(x)
+    except RuntimeError: raise ConnectionError(
+        'another process has ended: start all of them again, and the run goes on') from None
+
+def total(values):  # a number, or numbers in an array or list
+    "The sum over all processes, as a number or lists; OSError where one of them is gone."
+    device = 'cuda' if dist.is_initialized() and torch.cuda.is_available() else 'cpu'
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    _add_up(sums)
+    return sums.tolist()
+
 # %% ../nbs/10_train.ipynb #8b88d59e
 def _resume(params, s, folder, digest):
     "Step, optimiser and log where a run goes on; the parameters are put there, too."
     start, tensors, state = last_checkpoint(folder, digest)
     opt = optimiser(params, s)
     unpack(params, opt, tensors)
-    write_jsonl(folder/'log.jsonl', state.get('log', []))
+    if ranks()[0] == 0: write_jsonl(folder/'log.jsonl', state.get('log', []))
     return start, opt, state.get('log', [])
 
 def _update(params, opt, clip, loss):
-    "One update from the gradients that are there: their norm, and whether it was made."
+    "One update from the gradients of all processes: their norm, and whether it was made."
+    for p in params.values():
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        _add_up(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params.values(), clip).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite: opt.step()
@@ -188,8 +218,9 @@ class Run:
         for self.step in logging.tqdm(left, initial=self.start, total=self.s.steps):
             yield self.step
 
-    def move(self, loss)->dict:     # loss that was back-propagated; the same and the norm, or None
-        "One update from the gradients that are there."
+    def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
+        "One update from the gradients of all processes."
+        loss = total(loss)
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
         norm, finite = _update(self.params, self.opt, self.s.clip, loss)
         return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
@@ -197,12 +228,13 @@ class Run:
     def note(self, **row):          # for JSON; raises ValueError at the third bad step in a row
         "Log a step, and keep a checkpoint where one is due."
         self.log.append(dict(step=self.step, **row))
-        append_jsonl(self.folder/'log.jsonl', self.log[-1])
+        if ranks()[0] == 0: append_jsonl(self.folder/'log.jsonl', self.log[-1])
         if [r['norm'] for r in self.log[-3:]] == [None] * 3:
             raise ValueError(f'update {self.step}: loss or gradient not finite, 3 in a row')
-        if (self.step + 1) % self.s.every == 0 or self.step + 1 == self.s.steps:
-            save_checkpoint(self.folder, self.step + 1, pack(self.params, self.opt),
-                            dict(settings_hash=self.digest, log=self.log))
+        done = self.step + 1
+        if ranks()[0] == 0 and (done % self.s.every == 0 or done == self.s.steps):
+            state = dict(settings_hash=self.digest, log=self.log)
+            save_checkpoint(self.folder, done, pack(self.params, self.opt), state)
 
 # %% ../nbs/10_train.ipynb #e6362f1d
 def save_adapter(
@@ -226,5 +258,9 @@ def save_adapter(
         base_model_name_or_path=base or 'tiny', inference_mode=True)
     known = {key: v for key, v in config.items() if v is not None}  # for an older peft
     write_json(folder/'adapter_config.json', known)
-    late = name in vlm.late
-    write_json(folder/'ivt.json', dict(run=run, base=base, loop=asdict(loop), late=late))
+    size = vlm.processor.size
+    write_json(folder/'ivt.json', dict(
+        run=run, base=base, loop=asdict(loop), late=name in vlm.late, prompt=vlm.prompt,
+        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
+        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
+        attention=vlm.model.config._attn_implementation))

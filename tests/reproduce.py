@@ -149,7 +149,9 @@ def main(only=None, just_list=False):
 
 
 if __name__ == "__main__":      # in a process of its own: the cells of a study
-    space = {}
+    class Shell:        # a study runs the cells of another notebook
+        def run_cell(self, source, silent): exec(source, space)
+    space = {"get_ipython": Shell}
     for cell in cells(sys.argv[1]):
         try: exec(compile(cell, sys.argv[1], "exec"), space)
         except FileNotFoundError:       # it shows a run that is not made yet
