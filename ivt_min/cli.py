@@ -125,14 +125,16 @@ def ask_all(
 
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
+    from dataclasses import replace
     from .columns import columns
-    from .datasets import read_rows
+    from .datasets import OWN, read_rows
     from .evaluate import table
     from .model import load
     from .verdict import free_cores, loop_of, remind
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
-    samples = {split: read_rows(path, args.convention) for split, path in data.items()}
+    layout = replace(OWN, convention=args.convention)
+    samples = {split: read_rows(path, layout) for split, path in data.items()}
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
