@@ -240,7 +240,7 @@ def missed(
 
 # %% ../nbs/20_datasets.ipynb #da7a002c
 def picture_key(sample):    # Sample
-    "A text that is the same for all samples of one picture, where COCO counts it across sets."
+    "What all samples of a picture have in common; COCO's number is the same in all sets."
     number = sample.meta.get('coco_id')
     if number is not None: return f'coco/{number}'
     return f'{sample.source}/{sample.meta.get("file_name", sample.id)}'
@@ -259,26 +259,24 @@ def mix(
 ):              # dict, split -> list of Sample; the manifest, a dict for JSON
     "Splits with an equal share of each set, no picture in two of them."
     sizes = sizes or dict(train=2400, val=510, test=505)
-    pictures, ids = {}, Counter()
-    for name, part in sets.items():
-        ids.update(x.id for x in part)
-        for x in part: pictures.setdefault(picture_key(x), []).append((name, x))
+    ids = Counter(x.id for part in sets.values() for x in part)
     twice = [name for name, n in ids.most_common(3) if n > 1]
     _must(not twice, f'ids that are there twice: {twice}')
-    need, splits = {}, {}
-    for split, size in sizes.items():
-        shares = [(size + k) // len(sets) for k in range(len(sets))]
-        need[split] = Counter(dict(zip(reversed(sets), shares)))
-        splits[split] = []
+    pictures = {}
+    for name, part in sets.items():
+        for x in part: pictures.setdefault(picture_key(x), []).append((name, x))
+    splits = {split: [] for split in sizes}
+    left = {(split, name): (size + k) // len(sets)
+            for split, size in sizes.items() for k, name in enumerate(reversed(sets))}
     keys = sorted(pictures)
     for k in rng('mix', seed).permutation(len(keys)):
-        has = Counter(name for name, _ in pictures[keys[k]])
-        split = max(need, key=lambda split: (has & need[split]).total())    # that needs the most
-        for name, x in pictures[keys[k]]:
-            if need[split][name]:
-                need[split][name] -= 1
+        own = pictures[keys[k]]
+        split = max(sizes, key=lambda split: sum(left[split, name] for name, _ in own))
+        for name, x in own:
+            if left[split, name]:
+                left[split, name] -= 1
                 splits[split].append(x)
-    short = {split: dict(+left) for split, left in need.items() if +left}
+    short = {key: n for key, n in left.items() if n}
     _must(not short, f'too few samples, there are missing {short}')
     chosen = {split: [x.id for x in part] for split, part in splits.items()}
     facts = {name: _facts(part) for name, part in (sets | splits).items()}
@@ -305,6 +303,13 @@ def write_rows(
     write_jsonl(path, rows)
 
 # %% ../nbs/20_datasets.ipynb #da7a0038
+def _in_px(trajectories, samples, step):
+    "Each trajectory with its sample and a box in px, None where it has none."
+    check_answers(trajectories, samples)
+    for t, x in zip(trajectories, samples):
+        box = t.boxes[step]
+        yield t, x, box and to_pixels(box, x.meta['width'], x.meta['height'])
+
 def export_ref_l4(
     trajectories,   # list of Trajectory, of all samples
     samples,        # list of Sample, in the same order
@@ -312,12 +317,8 @@ def export_ref_l4(
     step=-1,        # which of the boxes, -1 the last
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes as Ref-L4's evaluator reads them; its ids are whole numbers."
-    check_answers(trajectories, samples)
-    rows = []
-    for t, x in zip(trajectories, samples):
-        box = to_pixels(t.boxes[step] or (0, 0, 0, 0), x.meta['width'], x.meta['height'])
-        rows.append(dict(id=int(t.id), pred_bbox=box, format='xyxy'))
-    write_json(path, rows)
+    write_json(path, [dict(id=int(t.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
+                      for t, _, box in _in_px(trajectories, samples, step)])
 
 # %% ../nbs/20_datasets.ipynb #da7a003b
 def export_coco(
@@ -327,14 +328,13 @@ def export_coco(
     step=-1,        # which of the boxes, -1 the last
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes in the form of COCO's results; a sample without a box has no row."
-    check_answers(trajectories, samples)
     rows = []
-    for t, x in zip(trajectories, samples):
-        if t.boxes[step]:
-            x0, y0, x1, y1 = to_pixels(t.boxes[step], x.meta['width'], x.meta['height'])
-            score = math.exp(t.confidences[step] or 0) if t.confidences else 1.
-            rows.append(dict(image_id=x.meta['coco_id'] or x.meta['file_name'], category_id=1,
-                             bbox=[x0, y0, x1 - x0, y1 - y0], score=score, sample_id=t.id))
+    for t, x, box in _in_px(trajectories, samples, step):
+        if not box: continue
+        x0, y0, x1, y1 = box
+        sure = t.confidences[step] if t.confidences else 0
+        rows.append(dict(image_id=x.meta['coco_id'] or x.meta['file_name'], category_id=1,
+                         bbox=[x0, y0, x1 - x0, y1 - y0], score=math.exp(sure or 0)))
     write_json(path, rows)
 
 # %% ../nbs/20_datasets.ipynb #da7a003e
