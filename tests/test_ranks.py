@@ -95,5 +95,22 @@ def test_an_evaluation_is_the_same_file(tmp_path):
     assert again.returncode == 0 and (tmp_path / "run-1/test.jsonl").read_bytes() == one
 
 
+def test_the_page_about_scale_is_a_program(tmp_path):
+    """45_scale as two processes, on the tiny model: from rows to the table, and once more."""
+    page = ROOT / "nbs/lab/45_scale.ipynb"
+    made = start(1, "-m", "nbconvert", "--to", "python", "--output-dir", tmp_path, page)
+    assert made.returncode == 0, made.stderr
+    code = (tmp_path / "45_scale.py").read_text()
+    (tmp_path / "45_scale.py").write_text("import os; os.environ['IVT_DATA'] = 'rec'\n" + code)
+    for _ in range(2):      # the second time nothing is asked or learned again
+        done = start(2, "45_scale.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("kept in loop") == 1
+    for name in ("sft", "grpo"):
+        assert (tmp_path / "rec/paper" / name / "adapter_model.safetensors").exists()
+    answers = (tmp_path / "rec/loop/test.jsonl").read_text().splitlines()
+    assert len(answers) == 6 and all(len(json.loads(row)["boxes"]) == 3 for row in answers)
+
+
 def test_without_torchrun_there_is_one():
     assert ranks() == (0, 1) and total([1, 2.5]) == [1, 2.5]
