@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 
 from ivt_min.train import ranks, total
 from test_project import ROOT
+from test_traces import Server
 
 JOB = [str(ROOT / "tests/rank_job.py")]
 
 
-def start(n, *words, cwd=ROOT):
+def start(n, *words, cwd=ROOT, **more):
     """A line for Python, by so many processes."""
     how = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    env |= dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", **more)
     return subprocess.run([sys.executable, *how, *map(str, words)], capture_output=True, text=True,
                           cwd=cwd, env=env, timeout=300)
 
@@ -102,10 +103,13 @@ def test_the_page_about_scale_is_a_program(tmp_path):
     assert made.returncode == 0, made.stderr
     code = (tmp_path / "45_scale.py").read_text()
     (tmp_path / "45_scale.py").write_text("import os; os.environ['IVT_DATA'] = 'rec'\n" + code)
-    for _ in range(2):      # the second time nothing is asked or learned again
-        done = start(2, "45_scale.py", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("kept in loop") == 1
+    with Server(tmp_path, tiny=True) as server:
+        for _ in range(2):      # the second time nothing is asked or learned again
+            done = start(2, "45_scale.py", cwd=tmp_path, IVT_SERVER=server.url)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.count("kept in loop") == 1
+        assert len(server.asked()) == 18
+    assert len((tmp_path / "rec/paper/served/test.jsonl").read_text().splitlines()) == 6
     for name in ("sft", "grpo"):
         assert (tmp_path / "rec/paper" / name / "adapter_model.safetensors").exists()
     answers = (tmp_path / "rec/loop/test.jsonl").read_text().splitlines()
