@@ -6,7 +6,7 @@
 __all__ = ['ImageError', 'open_image', 'draw_box', 'format_of', 'Picture', 'show', 'stack', 'filmstrip', 'Chart', 'curve']
 
 # %% ../nbs/02_render.ipynb #49e06528
-import html, io, math, re, textwrap
+import io, math, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -215,30 +215,6 @@ def filmstrip(
     if not title: return strip
     return stack([Picture(_words(title, strip.image.width)), strip])
 
-# %% ../nbs/02_render.ipynb #a1c0de22
-_COLOURS = '#0072b2', '#d55e00', '#009e73', '#aa3399', '#e6a000', '#222222', '#56b4e9'
-def _colour(i):
-    "Of the i-th line; the first seven differ, for the colour-blind, too."
-    return _COLOURS[i % len(_COLOURS)]
-
-# %% ../nbs/02_render.ipynb #a1c0de47
-def _label(x, y, text, anchor='middle'):
-    "A line of text as SVG."
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(str(text))}</text>'
-
-def _wide(text):
-    "Upper bound of a text's width in a chart, px; a browser's font is wider than ours."
-    return 1.2 * _FONT.getlength(str(text))
-
-def _line(points, colour, fill='none'):
-    "A line through points (x, y) as SVG, or a shade of the colour `fill` in it."
-    corners = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
-    return f'<polyline points="{corners}" stroke="{colour}" fill="{fill}" fill-opacity=".15"/>'
-
-def _dot(x, y, colour, fill):
-    "A dot as SVG."
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" stroke="{colour}" fill="{fill}"/>'
-
 # %% ../nbs/02_render.ipynb #0a802160
 @dataclass(frozen=True)
 class Chart:
@@ -247,83 +223,35 @@ class Chart:
     def __repr__(self): return 'chart'
     def _repr_svg_(self): return self.svg
 
-# %% ../nbs/02_render.ipynb #d7676c73
-def _chart(width, height, parts, names=()):
-    "SVG elements on a white ground; right of them the names of lines, if there are any."
-    for i, name in enumerate(names):
-        y = 28 + _LINE * i
-        ends = [(width + 4, y), (width + 30, y)]
-        parts.append(_line(ends, _colour(i)))
-        parts.append(_label(width + 34, y + 4, name, 'start'))
-    width += max([38 + _wide(name) for name in names], default=0)
-    height = max(height, 28 + _LINE * len(names))
-    size = f'width="{width:.0f}" height="{height}"'
-    view = f'viewBox="0 0 {width:.0f} {height}" font-family="sans-serif" font-size="11"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view} stroke-width="1.5">'
-    return Chart('\n'.join([head, f'<rect {size} fill="white"/>', *parts, '</svg>']))
-
-# %% ../nbs/02_render.ipynb #8813f871
-def _axis(values, start, end):
-    "A function from values to px between `start` and `end`, and [(px, text)] of round numbers."
-    low, high = min(values), max(values)
-    if high == low: high = low + 1
-    def place(v): return start + (end - start) * (v - low) / (high - low)
-    steps = [f * 10.**k for k in range(-9, 9) for f in (1, 2, 5)]
-    if all(float(v).is_integer() for v in values):
-        steps = [step for step in steps if step >= 1]
-    step = next(step for step in steps if (high - low) / step <= 6)
-    last = math.floor(high / step + 1e-9)
-    ticks = step * np.arange(math.ceil(low / step), last + 1)
-    return place, [(place(v), f'{v:g}') for v in ticks]
-
-# %% ../nbs/02_render.ipynb #903a1511
-def _across(values, left, right, bottom, label):
-    "A function from values to px from the left, and the SVG of the axis below a plot."
-    place, ticks = _axis(values, left, right)
-    parts = [_label((left + right) / 2, bottom + 33, label)]
-    for x, text in ticks:
-        parts.append(_line([(x, 24), (x, bottom)], '#ddd'))
-        parts.append(_label(x, bottom + 15, text))
-    return place, parts
-
-# %% ../nbs/02_render.ipynb #27495aa9
-def _frame(points, xlabel, ylabel):
-    "A function from points to those in px, and the SVG of the axes that hold all points."
-    px, parts = _across([x for x, _ in points], 48, 374, 200, xlabel)
-    py, ticks = _axis([y for _, y in points], 200, 24)
-    for y, text in ticks:
-        parts.append(_line([(48, y), (374, y)], '#ddd'))
-        parts.append(_label(44, y + 4, text, 'end'))
-    def place(points): return [(px(x), py(y)) for x, y in points]
-    return place, [*parts, _label(4, 13, ylabel, 'start')]
-
-# %% ../nbs/02_render.ipynb #a1c0de28
-def _points(x, values):
-    "The pairs (x, value), those without a finite value left out."
-    pairs = enumerate(values) if x is None else zip(x, values)
-    return [(a, b) for a, b in pairs if b is not None and math.isfinite(b)]
-
 # %% ../nbs/02_render.ipynb #a1c0de29
+_STYLE = ['default', 'seaborn-v0_8-whitegrid', 'seaborn-v0_8-paper', {
+    'axes.prop_cycle':  # these seven differ for the colour-blind, too
+        "cycler(color=['0072b2', 'd55e00', '009e73', 'aa3399', 'e6a000', '222222', '56b4e9'])",
+    'axes.titlelocation': 'left', 'legend.loc': 'upper left', 'savefig.bbox': 'tight',
+    'font.sans-serif': 'DejaVu Sans',   # matplotlib's own, and as wide as any: no text is cut
+    'svg.fonttype': 'none', 'svg.hashsalt': 'ivt_min'}]     # text stays text; ids stay the same
+
 def curve(
     series,         # dict of name -> values; None is a gap
     x=None,         # their x, one a value, by default 0, 1, 2 ...
     xlabel='step',  # below the axis
     ylabel='',      # above the axis
     bands=None,     # dict of name -> (lows, highs), one a value: a shade around that line
-):                  # Chart; 384 x 240 px; the names of two lines or more stand right of that
-    "Named lines over a common x."
-    names = list(series)
-    lines = [_points(x, values) for values in series.values()]
-    shades = {}     # around a band: along its lows, and back along its highs
-    for name, (lows, highs) in (bands or {}).items():
-        shades[name] = _points(x, lows) + _points(x, highs)[::-1]
-    points = sum([*lines, *shades.values()], []) or [(0, 0)]
-    place, parts = _frame(points, xlabel, ylabel)
-    for name, edge in shades.items():
-        parts.append(_line(place(edge), 'none', fill=_colour(names.index(name))))
-    for i, line in enumerate(lines):
-        parts.append(_line(place(line), _colour(i)))
-        if len(line) > 12: continue     # where there are few points, each is a dot
-        parts += [_dot(*point, _colour(i), _colour(i)) for point in place(line)]
-    width = max(384, 8 + _wide(ylabel))
-    return _chart(width, 240, parts, names if len(names) > 1 else [])
+):                  # Chart; about 384 x 240 px; right of that the names of two lines or more
+    "Named lines over a common x; one of up to 12 values has a dot a value."
+    try: from matplotlib import figure, style
+    except ImportError:
+        raise ImportError("a chart needs matplotlib: pip install -e '.[dev]'") from None
+    file = io.StringIO()
+    with style.context(_STYLE):
+        axes = figure.Figure((4, 2.5)).add_subplot(
+            title=ylabel, xlabel=xlabel, frameon=False)
+        for name, values in series.items():
+            at = range(len(values)) if x is None else x
+            line, = axes.plot(at, values, 'o-' if len(values) <= 12 else '-', label=name)
+            if bands and name in bands:
+                axes.fill_between(at, *bands[name], color=line.get_color(), alpha=.15)
+        axes.locator_params('x', integer=True, min_n_ticks=3)   # no step one and a half
+        if len(series) > 1: axes.legend(bbox_to_anchor=(1, 1))
+        axes.figure.savefig(file, format='svg', metadata={'Date': None})
+    return Chart(file.getvalue())

@@ -133,7 +133,7 @@ def main(only=None, just_list=False):
     total = sum(costs[n] or 0 for _, names in studies for n in names)
     print(f"in all about {total / 60:.1f} h on one core, {total / 60 / cores:.1f} h on {cores}", flush=True)
     if just_list: return
-    missing = [n for n in ("fastcore", "scipy", "nbdev") if not find_spec(n)]
+    missing = [n for n in ("fastcore", "scipy", "matplotlib", "nbdev") if not find_spec(n)]
     if missing: raise ValueError(f"no {', '.join(missing)} here: pip install -e '.[dev]'")
     checkout([n for _, names in studies for n in names])
     failed = set()

@@ -29,7 +29,7 @@ DEPENDENCIES = {"torch", "transformers", "peft", "bitsandbytes", "PIL", "numpy",
                 "safetensors", "huggingface_hub"}  # the last one comes with transformers
 LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "columns", "traces",
          "teachers"}
-OPTIONAL = {"pyarrow"}  # asked for by name where it is missing
+OPTIONAL = {"pyarrow", "matplotlib"}  # asked for by name where it is missing
 HAND_MADE = {"__init__", "cli"}  # modules without a notebook
 FRAMEWORKS = set(
     "trl lightning pytorch_lightning deepspeed accelerate verl openrlhf unsloth axolotl swift "
@@ -469,7 +469,8 @@ def python(code, *args, cwd=ROOT):
 
 HEAVY = """import sys, importlib
 importlib.import_module(sys.argv[1])
-heavy = {"torch", "transformers", "peft", "bitsandbytes", "IPython", "fastcore", "scipy"}
+heavy = {"torch", "transformers", "peft", "bitsandbytes", "IPython", "fastcore", "scipy",
+         "matplotlib"}
 print(sorted(heavy & sys.modules.keys()))"""
 
 
