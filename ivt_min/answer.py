@@ -65,19 +65,15 @@ class Turn:
 _BOX = re.compile(r'\[\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*\]')
 
 def box_confidence(
-    vlm,    # VLM
-    turn,   # Turn
+    text,   # what was said
+    edges,  # where its tokens begin, and where the last one ends, in characters
+    logps,  # log-probability of each
 ):          # mean log-probability of its box, None without one
     "How sure the model was of the numbers that it wrote: of the tokens that overlap the box."
-    text = turn.text.removeprefix(vlm.opens)
-    found = _BOX.search(text, max(0, text.rfind('</think>')))   # none that is only thought of
-    if not found or parse_box(turn.text).box is None: return None
-    inside = []
-    begin = 0   # characters before a token
-    for k, logp in enumerate(turn.logps):
-        end = len(vlm.tokenizer.decode(turn.ids[:k + 1]))
-        if end > found.start() + 1 and begin < found.end() - 1: inside.append(logp)
-        begin = end
+    found = _BOX.search(text, max(0, text.rfind('</think>')))   # none of a thought
+    if not found or parse_box(text).box is None: return None
+    inside = [logp for begin, end, logp in zip(edges, edges[1:], logps)
+              if end > found.start() + 1 and begin < found.end() - 1]
     return sum(inside) / len(inside)
 
 # %% ../nbs/05_answer.ipynb #84da0f0c
@@ -164,9 +160,9 @@ def _opened(vlm, dialogues):
 def _turn(vlm, row, end, opened=''):
     "The turn of a row of sampled (id, log-probability)."
     ids, logps = zip(*row)
-    said = ids[:-1] if end == 'stop' else ids
-    turn = Turn(ids, logps, opened + vlm.tokenizer.decode(said), end=end)
-    return replace(turn, confidence=box_confidence(vlm, turn))
+    text = opened + vlm.tokenizer.decode(ids[:-1] if end == 'stop' else ids)
+    edges = [len(opened + vlm.tokenizer.decode(ids[:k])) for k in range(len(ids) + 1)]
+    return Turn(ids, logps, text, box_confidence(text, edges, logps), end)
 
 # %% ../nbs/05_answer.ipynb #d3a024e7
 def _decode(vlm, logits, memory, u, max_tokens, temperature, until):

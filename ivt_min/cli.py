@@ -1,5 +1,6 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, hashlib, json, os, runpy, sys, tempfile, warnings
+from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
@@ -92,57 +93,77 @@ def claim(
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
     write_json(config, about)
 
+def kept_of(path):  # file of answers, a Path
+    "What is kept of an unfinished file, by id; a torn line is left out."
+    parts = path.parent.glob(f'{path.stem}.part*')
+    lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
+    rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
+    return {row['id']: row for row in rows}
+
 def ask_all(
-    vlm,        # VLM
-    loop,       # Loop
+    ask,        # function of a list of samples -> their finished episodes
     samples,    # list of core.Sample
     path,       # JSONL file of their trajectories, a Path
+    steps,      # answers after the first
     batch,      # samples at once
 ):              # list of Trajectory
-    "The trajectories of all samples. They are kept as they come; stopped anywhere, it goes on."
+    """The trajectories of all samples, batches dealt out to the processes of `torchrun`.
+
+    A batch is padded alike whoever answers it, so the file is the same however many there are.
+    Answers are kept as they come; stopped anywhere, it goes on."""
     from transformers.utils import logging
-    from .core import append_jsonl, read_jsonl, to_row
+    from .core import append_jsonl, to_row, write_jsonl
     from .datasets import missed, scan
     from .evaluate import read_run
     from .loop import record
-    from .verdict import go_round
+    from .train import ranks, total
     if path.exists(): return read_run(path.parent, path.stem, samples)
-    kept = path.with_suffix('.part')
-    kept.touch()
-    with kept.open('rb+') as f: f.truncate(f.read().rfind(b'\n') + 1)   # a line may be torn
-    begin = len(read_jsonl(kept))
+    rank, n_ranks = ranks()
+    known = kept_of(path)
     _, reasons = scan(samples, skip=True)
     for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
-    for k in logging.tqdm(range(begin, len(samples), batch), desc=path.stem):
+    starts = range(0, len(samples), batch)[rank::n_ranks]
+    for k in logging.tqdm(starts, desc=path.stem):
         part = samples[k:k + batch]
-        usable = [sample for sample in part if sample.id not in reasons]
-        found = {e.sample.id: record(e) for e in go_round(vlm, usable, loop, batch)}
+        if all(x.id in known for x in part): continue
+        usable = [x for x in part if x.id not in reasons]
+        found = {e.sample.id: record(e) for e in ask(usable)}
         for x in part:
-            one = found.get(x.id) or missed(x, reasons[x.id], loop.steps + 1)
-            append_jsonl(kept, to_row(one))
-    kept.replace(path)
+            one = found.get(x.id) or missed(x, reasons[x.id], steps + 1)
+            append_jsonl(path.with_suffix(f'.part{rank}-{os.getpid()}'), to_row(one))
+    total(0)    # all are here
+    if rank == 0:
+        known = kept_of(path)
+        write_jsonl(path, [known[x.id] for x in samples])
+        for part in path.parent.glob(f'{path.stem}.part*'): part.unlink()
+    total(0)    # and the file is there
     return read_run(path.parent, path.stem, samples)
 
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import columns
-    from .datasets import read_rows
+    from .datasets import LAYOUTS, read_rows
     from .evaluate import table
     from .model import load
-    from .verdict import free_cores, loop_of, remind
+    from .train import ranks
+    from .verdict import free_cores, go_round, loop_of, remind
+    layout = LAYOUTS[args.layout]
+    layout = replace(layout, convention=args.convention or layout.convention)
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
-    samples = {split: read_rows(path, args.convention) for split, path in data.items()}
+    samples = {split: read_rows(path, layout, args.images) for split, path in data.items()}
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
     with free_cores():
-        vlm = load(args.model, args.device)
+        vlm = load(args.model, args.device, args.nf4)
         remind(vlm)
         loop = loop_of(vlm, args.steps)
         claim(folder, vlm, loop, data)
-        done = {split: ask_all(vlm, loop, samples[split], folder/f'{split}.jsonl', args.batch)
+        def ask(part): return go_round(vlm, part, loop, args.batch)
+        done = {split: ask_all(ask, samples[split], folder/f'{split}.jsonl', loop.steps, args.batch)
                 for split in data}
+    if ranks()[0]: return       # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
     rule = next(row['rule'] for row in rows if 'rule' in row)
     how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'
@@ -210,8 +231,12 @@ def build_parser():
     all_of.add_argument('model', help='what comes along, a folder, or a name on the hub')
     all_of.add_argument('data', help='JSONL file; pictures are looked for beside it')
     all_of.add_argument('--val', help='rows of the same form that choose the label-free rule')
-    all_of.add_argument('--convention', default='xyxy px', choices=('xyxy px', 'xywh px'),
-                        help='what the four numbers of a box are')
+    all_of.add_argument('--layout', default='own', help='whose rows they are: own, ref-adv-s, '
+                        'ref-l4, refcocog, refcocog-lmms, vlm-r1')
+    all_of.add_argument('--images', help='folder of the pictures; by default that of the rows')
+    all_of.add_argument('--convention', choices=('xyxy px', 'xywh px'),
+                        help='what the four numbers of a box are, if not as in the layout')
+    all_of.add_argument('--nf4', action='store_true', help='hold the language model in 4 bits')
     all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
     again = made['reproduce']
     again.add_argument('--only', help='name of one run')

@@ -21,7 +21,7 @@ class Sample:
     source: str                                # dialect or data set that it comes from
     expression: str                            # what to look for, in words
     truth: tuple                               # box (x0, y0, x1, y1), permille
-    image: object                              # PIL image, or the path of one
+    image: object                              # PIL image, its bytes, or a path
     meta: dict = field(default_factory=dict)   # facts for the analysis, JSON-able
 
 # %% ../nbs/00_core.ipynb #b89dabae

@@ -136,6 +136,13 @@ _AROUND = dict(     # what stands before a drawn picture, and after the words th
     turn=('<|im_end|>\n<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n'))
 
 # %% ../nbs/06_loop.ipynb #fbb8bdc2
+def _words_after(loop, episode):
+    "What is said after the picture with the last drawn box."
+    prompt = loop.prompt.replace('{expression}', episode.sample.expression.strip())
+    box = episode.drawn[-1]
+    if iou(box, box): return prompt
+    return loop.missing + prompt    # nothing is drawn without an area
+
 def go_on(
     vlm,        # VLM
     loop,       # Loop
@@ -144,14 +151,11 @@ def go_on(
 ):              # Dialogue; where its next turn begins
     "A dialogue after a turn, and after the picture with its box."
     shown = to_patches(vlm, picture(loop, episode))
-    prompt = loop.prompt.replace('{expression}', episode.sample.expression.strip())
-    box = episode.drawn[-1]
-    if not iou(box, box): prompt = loop.missing + prompt    # nothing is drawn without an area
     before, after = _AROUND[loop.form]
     if loop.form == 'turn': after += vlm.opens
     said = _goes_on(episode.turns[-1])
     ids = (*dialogue.ids, *said, *_marks(vlm, before), *image_tokens(vlm, shown),
-           *encode(vlm, prompt), *_marks(vlm, after))
+           *encode(vlm, _words_after(loop, episode)), *_marks(vlm, after))
     return Dialogue(ids, (*dialogue.pictures, shown))
 
 # %% ../nbs/06_loop.ipynb #388d7009

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import torch as safe
-from torch.nn import functional as F
 from transformers import (AttentionInterface, AttentionMaskInterface,
                           AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -110,20 +109,11 @@ def _no_bars():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/04_model.ipynb #0090c3ec
-def _as_product(embed):
-    "Make the patch embedding of a model one product in place of a convolution."
-    conv = embed.proj
-    def forward(patches):
-        return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
-    embed.forward = forward
-
 # %% ../nbs/04_model.ipynb #a370bfbb
 def _ready(vlm, source, min_pixels, max_pixels):
     "A VLM as it was loaded, with its pixel budget and the beginning of its answers."
     model, size = vlm.model, vlm.processor.size
     model.name_or_path = source
-    _as_product(model.model.visual.patch_embed)
     for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
         if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
     most = min(size['longest_edge'], max_pixels or 1024 * 1024)

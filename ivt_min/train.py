@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint'
            'optimiser', 'pack', 'unpack', 'ranks', 'total', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
-import copy, hashlib, math, os, shutil
+import atexit, copy, hashlib, math, os, shutil
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -161,6 +161,7 @@ def ranks():    # number of this process; how many there are
         gpu = torch.cuda.is_available()
         if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
     return int(os.environ.get('RANK', 0)), n
 
 # %% ../nbs/10_train.ipynb #f4abf61c

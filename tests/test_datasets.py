@@ -9,7 +9,7 @@ from PIL import Image
 from bad_pictures import bomb, large_jpeg
 from ivt_min.boxes import iou, to_permille, to_pixels
 from ivt_min.core import data_path, from_row, read_json, read_jsonl, to_row, write_json, write_jsonl
-from ivt_min.datasets import coco_id, missed, read_ref_adv_s, scan, true_box
+from ivt_min.datasets import REF_ADV_S, coco_id, missed, read_rows, scan, true_box
 from ivt_min.evaluate import ious, metrics
 from ivt_min.render import draw_box, filmstrip, open_image
 
@@ -35,11 +35,14 @@ def scene():
     return image
 
 
-def read(folder, **changes): return read_ref_adv_s([ROW | changes], folder)
+def read_adv(rows, images=None, n=None): return read_rows(rows, REF_ADV_S, images, n)
+
+
+def read(folder, **changes): return read_adv([ROW | changes], folder)
 
 
 def refused(rows, *parts, **kw):
-    with pytest.raises(ValueError) as e: read_ref_adv_s(rows, **{'images': '.', **kw})
+    with pytest.raises(ValueError) as e: read_adv(rows, **{'images': '.', **kw})
     assert all(part in str(e.value) for part in parts), e.value
     assert len(str(e.value)) < 500
 
@@ -52,7 +55,7 @@ def red_box(image):
 
 def unusable(folder, name, part, **changes):
     """A sample with such a picture stops a training, and is a miss in an evaluation."""
-    samples = read_ref_adv_s([ROW | {'file_name': name, **changes}, ROW], folder)
+    samples = read_adv([ROW | {'file_name': name, **changes}, ROW], folder)
     with pytest.raises(ValueError, match='1 of 2 samples') as e: scan(samples)
     assert part in str(e.value) and samples[0].id in str(e.value)
     usable, reasons = scan(samples, skip=True)
@@ -83,15 +86,16 @@ def test_sample(folder):
 def test_distractors(folder, value, n): assert read(folder, distractors=value)[0].meta['distractors'] == n
 
 
-def test_coco_id_is_that_of_coco_only(folder):
-    assert read(folder, file_name='000000547144.jpg', image_source='openimages')[0].meta['coco_id'] is None
+def test_coco_id_is_that_of_the_file_name(folder):
+    assert read(folder, file_name='000cd41f9963a38c.jpg', image_source='openimages')[0].meta['coco_id'] is None
+    assert read(folder, file_name='000000547144.jpg', image_source='drawn')[0].meta['coco_id'] == 547144
     assert read(folder, file_name='0000.jpg')[0].meta['coco_id'] is None
     assert coco_id('COCO_train2014_000000296747_0.jpg') == coco_id('x/000000296747.jpg') == 296747
 
 
 def test_picture_in_the_row(scene):
     rows = [ROW | dict(image=scene, file_name='../anything.jpg')] * 2
-    samples = read_ref_adv_s(rows)
+    samples = read_adv(rows)
     assert [s.image is scene for s in samples] == [True, True]
     assert scan(samples) == (samples, {})
     assert draw_box(samples[0].image, samples[0].truth).size == (80, 60)
@@ -106,7 +110,8 @@ def test_hugging_face_rows(scene):
     features |= dict(image=datasets.Image(), solution=datasets.Sequence(datasets.Value('float64')))
     columns = {k: [v] * 3 for k, v in ROW.items()} | dict(image=[{'bytes': data.getvalue(), 'path': None}] * 3)
     hub = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    samples = read_ref_adv_s(hub, n=3)
+    samples = read_adv(hub, n=3)
+    assert {s.image for s in samples} == {data.getvalue()}     # never decoded
     assert samples[0].truth == to_permille(TRUTH, 80, 60) and scan(samples)[1] == {}
 
 
@@ -196,7 +201,7 @@ def test_one_opening_each(folder, monkeypatch):
     opened = []
     count = lambda path: opened.append(path) or open_image(path)
     monkeypatch.setattr('ivt_min.datasets.open_image', count)
-    samples = read_ref_adv_s([ROW] * 5, folder)
+    samples = read_adv([ROW] * 5, folder)
     assert scan(samples) == (samples, {}) and opened == [folder/'a.png']
 
 
@@ -230,7 +235,7 @@ def test_picture_of_another_kind(image):
 
 def test_missing(folder):
     rows = [ROW | dict(file_name=f'{i}.png') for i in range(20)] + [ROW]
-    samples = read_ref_adv_s(rows, folder)
+    samples = read_adv(rows, folder)
     with pytest.raises(ValueError, match='20 of 21 samples') as e: scan(samples)
     assert all(f'{i}.png' in str(e.value) for i in range(9))
     usable, reasons = scan(samples, skip=True)
@@ -238,7 +243,7 @@ def test_missing(folder):
 
 
 def test_skipped_samples_stay_in_n(folder):
-    samples = read_ref_adv_s([ROW, ROW | dict(file_name='gone.png')], folder)
+    samples = read_adv([ROW, ROW | dict(file_name='gone.png')], folder)
     usable, reasons = scan(samples, skip=True)
     done = [missed(s, reasons[s.id], 3) if s.id in reasons else
             from_row(to_row(missed(s, '', 3)) | dict(boxes=[s.truth] * 3)) for s in samples]
@@ -269,7 +274,7 @@ def test_bad_box_in_a_file_has_its_line(tmp_path):
 
 def test_other_conventions():
     real = ROW | dict(width=640, height=480, solution=[297, 345, 427, 440])
-    assert read_ref_adv_s([real], '.')[0].truth[2] == 427 / .64
+    assert read_adv([real], '.')[0].truth[2] == 427 / .64
     refused([real | dict(solution=[297, 345, 130, 95])], 'reversed')         # its xywh
     refused([real | dict(solution=[464, 719, 667, 917])], 'leaves')          # its permille
     refused([real | dict(solution=[.464, .719, .667, .917])], 'under 1 px')  # its fractions
@@ -280,10 +285,10 @@ def test_other_conventions():
 def test_rim():
     """At most 1 px outside is cut off; what the source said is kept, and that it was cut."""
     vlm_r1 = ROW | dict(solution=[60, 20, 81, 61])
-    sample, = read_ref_adv_s([vlm_r1], '.')
+    sample, = read_adv([vlm_r1], '.')
     assert sample.truth == (750, 1000 / 3, 1000, 1000)
     assert sample.meta['cut'] is True and sample.meta['box'] == [60, 20, 81, 61]
-    assert read_ref_adv_s([ROW | dict(solution=[0, 0, 80, 60])], '.')[0].meta['cut'] is False
+    assert read_adv([ROW | dict(solution=[0, 0, 80, 60])], '.')[0].meta['cut'] is False
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.data())
@@ -300,8 +305,8 @@ def test_box_round_trip(w, h, data):
 # ---- 21-24: rows
 
 def test_ids(folder):
-    assert [s.id for s in read_ref_adv_s([ROW] * 3, folder)] == [f'ref-adv-s-000{i}' for i in range(3)]
-    assert [s.id for s in read_ref_adv_s([ROW | dict(id=7), ROW | dict(id='b')], folder)] == ['7', 'b']
+    assert [s.id for s in read_adv([ROW] * 3, folder)] == [f'ref-adv-s-000{i}' for i in range(3)]
+    assert [s.id for s in read_adv([ROW | dict(id=7), ROW | dict(id='b')], folder)] == ['7', 'b']
     refused([ROW | dict(id='b'), ROW, ROW | dict(id='b')], "row 3: id 'b' is there twice")
     refused([ROW | dict(id='ref-adv-s-0001'), ROW], 'row 2', 'twice')
     refused([ROW | dict(id=7), ROW | dict(id='7')], 'twice')
@@ -311,7 +316,7 @@ def test_ids(folder):
 def test_counts(tmp_path):
     refused([], 'rows: 0 rows')
     refused([ROW] * 504, '504 rows, not 505', n=505)
-    assert len(read_ref_adv_s((ROW for _ in range(505)), '.', n=505)) == 505
+    assert len(read_adv((ROW for _ in range(505)), '.', n=505)) == 505
     (tmp_path/'empty.jsonl').write_text('\n\n')
     refused(tmp_path/'empty.jsonl', 'empty.jsonl: 0 rows')
     write_json(tmp_path/'empty.json', [])
@@ -321,9 +326,9 @@ def test_counts(tmp_path):
 def test_files(tmp_path):
     line = json.dumps(ROW).encode()
     (tmp_path/'bom.jsonl').write_bytes(b'\xef\xbb\xbf' + line + b'\r\n\r\n' + line + b'\r\n')
-    assert len(read_ref_adv_s(tmp_path/'bom.jsonl', '.')) == 2
+    assert len(read_adv(tmp_path/'bom.jsonl', '.')) == 2
     (tmp_path/'bom.json').write_bytes(b'\xef\xbb\xbf[' + line + b',\r\n' + line + b']')
-    assert len(read_ref_adv_s(str(tmp_path/'bom.json'), '.')) == 2
+    assert len(read_adv(str(tmp_path/'bom.json'), '.')) == 2
     (tmp_path/'torn.jsonl').write_bytes(line + b'\n' + line[:40])
     refused(tmp_path/'torn.jsonl', 'torn.jsonl, line 2')
     (tmp_path/'nan.jsonl').write_text(json.dumps(ROW | dict(solution=[0, 0, math.nan, 9])))
@@ -333,8 +338,8 @@ def test_files(tmp_path):
         refused(tmp_path/name, name, 'not a list')
     (tmp_path/'torn.json').write_bytes(b'[' + line)
     refused(tmp_path/'torn.json', 'torn.json')
-    with pytest.raises(FileNotFoundError, match='gone'): read_ref_adv_s(tmp_path/'gone.jsonl')
-    with pytest.raises(OSError): read_ref_adv_s('https://example.org/rows.jsonl')
+    with pytest.raises(FileNotFoundError, match='gone'): read_adv(tmp_path/'gone.jsonl')
+    with pytest.raises(OSError): read_adv('https://example.org/rows.jsonl')
 
 
 def test_endless_line(tmp_path):
@@ -352,12 +357,12 @@ def test_endless_line(tmp_path):
     '\U0001f600 the dog', ' two  spaces ', 'a\nb', 'x' * 2000, '{"bbox_2d": [0, 0, 1, 1]} {expression}'])
 def test_expression_is_kept(folder, text):
     write_jsonl(folder/'rows.jsonl', [ROW | dict(normal_caption=text)])
-    sample, = read_ref_adv_s(folder/'rows.jsonl', folder)
+    sample, = read_adv(folder/'rows.jsonl', folder)
     assert sample.expression == text
     assert from_row(json.loads(json.dumps(to_row(missed(sample, ''))))).expression == text
 
 
-@pytest.mark.parametrize('text', ['', ' ', '\n\t', 'x' * 50_000, None, 7, True, ['a'], {}, '\ud800'])
+@pytest.mark.parametrize('text', ['', ' ', '\n\t', 'x' * 50_000, None, 7, True, ['a', ''], [7], {}, '\ud800'])
 def test_expression_is_refused(text): refused([ROW | dict(normal_caption=text)], 'rows, row 1: normal_caption')
 
 
@@ -374,9 +379,9 @@ def test_schema():
         refused([{k: v for k, v in ROW.items() if k != field}], f'rows, row 1: fields that are missing: {field}')
     refused([ROW, {}], 'row 2: fields that are missing: normal_caption, solution, file_name')
     for bad in (None, 'row', 7, [ROW], list(ROW)): refused([bad], 'row 1: not a dict')
-    akula = dict(raw_str='the left cat', file_name='COCO_train2014_000000000025.jpg',
-                 candidates=[[1, 2, 3, 4]], width=80, height=60)
-    refused([akula], 'row 1', 'Akula et al. 2020', 'not of Ref-Adv-s')
+    akula = dict(raw_str='the left cat', img_file_name='COCO_train2014_000000000025.jpg',
+                 bbox_candidates_map='{"1": [1, 2, 3, 4]}')
+    refused([akula], 'row 1', 'the other Ref-Adv', 'Akula et al. 2020')
     vlm_r1 = dict(height=640, width=427, bbox_list=[[103.93, 299.99, 237.15, 476.41]],
                   image='train2014/COCO_train2014_000000581857.jpg', normal_caption='the lady with the blue shirt',
                   solution=[103.93, 299.99, 238.15, 477.41])
@@ -396,7 +401,7 @@ FIELDS = st.dictionaries(st.sampled_from([*ROW, 'id', 'image', 'raw_str']), JSON
 @given(FIELDS)
 @settings(max_examples=400, deadline=None)
 def test_any_field(changes):
-    try: sample, = read_ref_adv_s([ROW | changes], HOME)
+    try: sample, = read_adv([ROW | changes], HOME)
     except ValueError as e: assert str(e).startswith('rows, row 1: '); return
     assert all(0 <= v <= 1000 for v in sample.truth) and sample.truth[0] < sample.truth[2]
     assert sample.truth[1] < sample.truth[3] and sample.expression.strip()
@@ -412,7 +417,7 @@ def test_any_field(changes):
 def test_any_file(tmp_path, value, name):
     lines = value if name == 'rows.jsonl' and isinstance(value, list) else [value]
     (tmp_path/name).write_text('\n'.join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match='rows.json'): read_ref_adv_s(tmp_path/name, tmp_path)
+    with pytest.raises(ValueError, match='rows.json'): read_adv(tmp_path/name, tmp_path)
 
 
 @pytest.mark.parametrize('depth', [500, 900, 5_000, 100_000])
@@ -430,7 +435,7 @@ KEPT = {'plain.jpg': ('RGB', None), 'exif6.jpg': ('RGB', 6), 'exif7.jpg': ('RGB'
 
 @pytest.fixture
 def drawn():
-    samples, reasons = scan(read_ref_adv_s(HOME/'samples.jsonl', HOME, n=8))
+    samples, reasons = scan(read_adv(HOME/'samples.jsonl', HOME, n=8))
     assert reasons == {}
     return {s.image.name: s for s in samples}
 
@@ -474,7 +479,7 @@ def test_drawn_ground_is_white(drawn):
 
 @pytest.mark.skipif(not REAL.exists(), reason='no real photographs beside the project')
 def test_real_photographs():
-    samples = read_ref_adv_s(REAL/'samples.json', REAL/'images', n=20)
+    samples = read_adv(REAL/'samples.json', REAL/'images', n=20)
     rows = read_json(REAL/'samples.json')
     assert scan(samples) == (samples, {})
     assert [s.meta['distractors'] for s in samples] == [int(r['distractors']) for r in rows]

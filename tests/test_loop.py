@@ -18,7 +18,7 @@ from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, rollout, s
                           transcript)
 from ivt_min.verdict import refine as same
 from ivt_min.evaluate import metrics
-from ivt_min.datasets import missed, read_ref_adv_s, scan
+from ivt_min.datasets import REF_ADV_S, missed, read_rows, scan
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +156,7 @@ def through_everything(vlm, samples):
 
 
 def test_own_samples_go_through_everything(vlm, tmp_path):
-    samples = read_ref_adv_s(data_path("samples/samples.jsonl"), data_path("samples"))
+    samples = read_rows(data_path("samples/samples.jsonl"), REF_ADV_S)
     (tmp_path / "torn.jpg").write_bytes(b"")
     torn = replace(samples[0], id="torn", image=tmp_path / "torn.jpg")
     done, bad = through_everything(vlm, [*samples, torn])
@@ -167,7 +167,7 @@ def test_own_samples_go_through_everything(vlm, tmp_path):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no photographs here")
 def test_photographs_go_through_everything(vlm):
-    samples = read_ref_adv_s(REAL / "samples.json", REAL / "images")
+    samples = read_rows(REAL / "samples.json", REF_ADV_S, REAL / "images")
     done, bad = through_everything(vlm, samples)
     assert len(done) == 20 and not bad
     for s in samples[:3]:

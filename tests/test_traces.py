@@ -22,7 +22,7 @@ from ivt_min.boxes import iou
 from ivt_min.render import draw_box
 from ivt_min.traces import (Look, STAY, check, fresh, interpolate, errors_of, scripted_teacher,
                             statements, write_traces)
-from ivt_min.teachers import PROMPT, prompted_teacher, served_teacher, words_for
+from ivt_min.teachers import PROMPT, prompted_teacher, served, served_teacher, words_for
 
 HERE = Path(__file__).parent
 FUZZ = settings(max_examples=200, deadline=None)
@@ -305,7 +305,7 @@ def looks_of(n):
 
 
 def teacher_of(server, cache, **more):
-    return served_teacher(server.url, "some-model", cache, **dict(timeout=.4, tries=5) | more)
+    return served_teacher(served(server.url, "some-model", cache, **dict(timeout=.4, tries=5) | more))
 
 
 def right(server, looks, texts):
@@ -414,8 +414,8 @@ def test_requests_at_once_are_bounded(tmp_path, workers):
 
 CLIENT = """import sys
 sys.path.insert(0, sys.argv[3])
-from test_traces import looks_of, served_teacher
-served_teacher(sys.argv[1], "some-model", sys.argv[2], timeout=2)(looks_of(60))"""
+from test_traces import looks_of, served, served_teacher
+served_teacher(served(sys.argv[1], "some-model", sys.argv[2], timeout=2))(looks_of(60))"""
 
 
 def test_a_killed_client_goes_on_where_it_was(tmp_path):
@@ -445,12 +445,12 @@ def test_cache_is_of_the_content(tmp_path):
     look, cache = looks_of(1)[0], tmp_path / "sub" / "c.jsonl"
     other = Look(Image.new("RGB", (24, 16), "red"), look.expression, look.box, look.target)
     with Server(tmp_path) as server:
-        for changed in (dict(), dict(model="b"), dict(prompt="{expression}?")):
-            served_teacher(**dict(url=server.url, model="a", cache=cache) | changed)([look, other])
+        for model, prompt in (("a", PROMPT), ("b", PROMPT), ("a", "{expression}?")):
+            served_teacher(served(server.url, model, cache), prompt)([look, other])
         assert len(server.asked()) == 6 == len(read_jsonl(cache))
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hosts", "ftp://a.b/c", "http://a b/c", "http://a/\n", "/v1", ""])
 def test_only_http(url, tmp_path):
     with pytest.raises(ValueError, match="http"):
-        served_teacher(url, "m", tmp_path / "c.jsonl")
+        served(url, "m", tmp_path / "c.jsonl")

@@ -1,0 +1,391 @@
+"""The three sets and VLM-R1's files as they are published, on rows made up in their shape; the mix of sets;
+rows, answers and results that go out and come back."""
+import io, json, math, subprocess, sys
+from collections import Counter
+from dataclasses import replace
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from ivt_min.boxes import format_box, to_permille, to_pixels
+from ivt_min.core import Sample, Trajectory, read_json, read_jsonl, write_json, write_jsonl
+from ivt_min.datasets import (
+    LAYOUTS, OWN, REF_ADV_S, REF_L4, REFCOCOG, REFCOCOG_LMMS, VLM_R1, export_coco, export_ref_l4,
+    import_predictions, mix, picture_key, read_rows, scan, write_rows)
+from ivt_min.evaluate import hits, ious
+
+LADY = [103.93, 299.99, 238.15, 477.41]     # COCO's box of annotation 1719310, as corners
+NAME = 'COCO_train2014_000000581857'
+
+
+def picture(width=427, height=640, colour='white'):
+    data = io.BytesIO()
+    Image.new('RGB', (width, height), colour).save(data, 'PNG')
+    return data.getvalue()
+
+
+ADV_ROW = dict(file_name='000000547144.jpg', normal_caption='the computer screen', solution=[297., 345., 427., 440.],
+               width=640, height=480, image_source='coco_val2017', human_authored=True, use_negation=False,
+               distractors='5')
+L4_ROW = dict(id=1, caption='Within the central picture frame, an antique camera is present.',
+              bbox=[580.6163330048, 179.4965209869, 93.59924316159993, 112.1013793848], bbox_id='o365_527361',
+              ori_category_id='o365_64', image_id='o365_922765', height=741, width=1024, bbox_area=10492.6,
+              file_name='objects365_v2_00922765.jpg', is_rewrite=True, split='val')
+G_ROW = dict(
+    sent_ids=[0, 1, 2], file_name=f'{NAME}_16.jpg', ann_id=1719310, ref_id=7, image_id=581857, split='train',
+    sentences=[dict(raw='THE LADY WITH THE BLUE SHIRT', sent='the lady with the blue shirt', sent_id=0, tokens=[])],
+    category_id=1, raw_anns=json.dumps(dict(bbox=[103.93, 299.99, 134.22, 177.42], image_id=581857, id=1719310)),
+    raw_image_info=json.dumps(dict(id=581857, file_name=f'{NAME}.jpg', width=427, height=640, flickr_url='x' * 2000)),
+    raw_sentences='[]', image_path=f'coco/train2014/{NAME}.jpg', bbox=LADY, anns_id='1719310',
+    captions=['the lady with the blue shirt', 'lady with back to us', 'blue shirt'], global_image_id='coco.581857')
+LMMS_ROW = dict(
+    question_id='1719310', image=dict(bytes=picture(), path=None), segmentation=[1., 2.], iscrowd=0,
+    question='Please carefully observe the area circled in the image and come up with a caption for the area.',
+    answer=['the lady with the blue shirt', 'blue shirt'], bbox=[103.93, 299.99, 134.22, 177.42],
+    file_name=f'{NAME}_0.jpg')
+R1_ROW = dict(height=640, width=427, bbox_list=[[103.93, 299.99, 237.15, 476.41]], image=f'train2014/{NAME}.jpg',
+              normal_caption='the lady with the blue shirt', solution=LADY)
+ROWS = {'ref-adv-s': ADV_ROW, 'ref-l4': L4_ROW, 'refcocog': G_ROW, 'refcocog-lmms': LMMS_ROW, 'vlm-r1': R1_ROW}
+
+
+def refused(read, *parts):
+    with pytest.raises(ValueError) as e: read()
+    assert all(part in str(e.value) for part in parts), e.value
+    assert len(str(e.value)) < 500
+
+
+# ---- every layout
+
+def test_there_is_a_row_for_every_layout(): assert {*ROWS, 'own'} == {*LAYOUTS}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_every_field_that_is_needed(name, tmp_path):
+    layout, row = LAYOUTS[name], ROWS[name]
+    read_rows([row], layout, tmp_path)
+    for field in {layout.expression, layout.box, layout.file, *layout.facts}:
+        lacking = {k: v for k, v in row.items() if k != field}
+        refused(lambda: read_rows([lacking], layout, tmp_path), 'rows, row 1: ', field)
+    for bad in (None, [], 'a', [1, 2, 3], [9e9] * 4, [math.nan] * 4):
+        refused(lambda: read_rows([row, row | {layout.box: bad}], layout, tmp_path), 'rows, row ')
+
+
+@pytest.mark.parametrize('name', ROWS)
+@pytest.mark.parametrize('kind', ['json', 'jsonl', 'jsonl.gz', 'memory', 'parquet'])
+def test_every_way_of_reading_is_the_same(name, kind, tmp_path):
+    layout, path = LAYOUTS[name], tmp_path/f'rows.{kind}'
+    row = {k: v for k, v in ROWS[name].items() if k != 'image' or name == 'vlm-r1'}
+    if name == 'refcocog-lmms': row |= dict(width=427, height=640)
+    if kind == 'memory': path = (row for _ in range(1))
+    elif kind == 'json': write_json(path, [row])
+    elif kind == 'parquet':
+        datasets = pytest.importorskip('datasets')
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    else: write_jsonl(path, [row])
+    assert read_rows(path, layout, tmp_path, n=1) == read_rows([row], layout, tmp_path)
+
+
+def test_ref_l4():
+    x, = read_rows([L4_ROW], REF_L4, '.')
+    assert (x.id, x.source, x.expression) == ('1', 'ref-l4', L4_ROW['caption'])
+    assert np.allclose(x.truth, (567.008, 242.235, 658.414, 393.519), atol=.001)    # by hand
+    assert x.meta['is_rewrite'] is True and x.meta['split'] == 'val' and x.meta['coco_id'] is None
+    refused(lambda: read_rows([L4_ROW | dict(is_rewrite='yes')], REF_L4, '.'), 'row 1: is_rewrite')
+    coco, = read_rows([L4_ROW | dict(file_name=f'{NAME}.jpg')], REF_L4, '.')
+    assert coco.meta['coco_id'] == 581857
+
+
+def test_one_box_in_three_sets(tmp_path):
+    """The same box of COCO: corners, corner and size, VLM-R1's `solution`."""
+    found = [x for name in ('refcocog', 'refcocog-lmms', 'vlm-r1')
+             for x in read_rows([ROWS[name]], LAYOUTS[name], tmp_path)]
+    for x in found: assert np.allclose(x.truth, to_permille(LADY, 427, 640), atol=1e-9)
+    assert {picture_key(x) for x in found} == {'coco/581857'}
+    assert [x.id for x in found] == ['7-0', '7-1', '7-2', '1719310-0', '1719310-1', 'vlm-r1-0000']
+    assert [x.expression for x in found[:3]] == G_ROW['captions']
+    assert found[0].image == tmp_path/f'{NAME}.jpg' and found[-1].image == tmp_path/'train2014'/f'{NAME}.jpg'
+
+
+def test_refcocog_reads_no_other_box():
+    """`raw_anns` has another box in another convention: what it says makes no difference."""
+    other = G_ROW | dict(raw_anns='{"bbox": [1, 2, 3, 4]}')
+    assert read_rows([other], REFCOCOG, '.') == read_rows([G_ROW], REFCOCOG, '.')
+    refused(lambda: read_rows([G_ROW | dict(bbox=[103.93, 299.99, 50, 60])], REFCOCOG, '.'), 'row 1: bbox')
+    for info in ('', '{', '[]', '{"width": 427}', None, 7, '[' * 100_000):
+        refused(lambda: read_rows([G_ROW | dict(raw_image_info=info)], REFCOCOG, '.'), 'rows, row 1')
+
+
+def test_lmms(tmp_path):
+    x, y = read_rows([LMMS_ROW], REFCOCOG_LMMS)
+    assert x.image == LMMS_ROW['image']['bytes'] and (x.meta['width'], x.meta['height']) == (427, 640)
+    assert scan([x, y]) == ([x, y], {}) and 'Please' not in x.expression + y.expression
+    torn = read_rows([LMMS_ROW | dict(image=dict(bytes=b'x'), width=427, height=640)], REFCOCOG_LMMS)
+    assert list(scan(torn, skip=True)[1]) == ['1719310-0', '1719310-1']
+    write_jsonl(tmp_path/'val-00000-of-00002.jsonl', [L4_ROW])
+    write_jsonl(tmp_path/'test-eval.jsonl', [R1_ROW | {k: v for k, v in LMMS_ROW.items() if k != 'image'}])
+    assert len(read_rows(tmp_path/'test-eval.jsonl', replace(REFCOCOG_LMMS, file='image'))) == 2
+    refused(lambda: read_rows(tmp_path/'val-00000-of-00002.jsonl', REFCOCOG_LMMS), 'mixes the splits')
+
+
+@pytest.mark.parametrize('name', ['images.tar.gz', 'images.tar', 'train2014.zip'])
+def test_archive(tmp_path, name):
+    (tmp_path/name).write_bytes(b'')
+    refused(lambda: read_rows([L4_ROW], REF_L4, tmp_path/name), name, 'unpack it first')
+
+
+def test_rows_of_ones_own_with_their_picture_and_source(tmp_path):
+    row = dict(image=Image.open(io.BytesIO(picture(80, 60))), expression='x', box=[8, 6, 40, 30])
+    a, = read_rows([row])
+    assert (a.id, a.source, a.truth) == ('rows-0000', 'rows', (100, 100, 500, 500))
+    b, = read_rows([row | dict(box=[8, 6, 32, 24], source='s', image=picture(80, 60))], replace(OWN, convention='xywh px'))
+    assert (b.truth, b.source) == (a.truth, 's')
+    two = read_rows([row | dict(expression=['x', 'y'])])
+    assert [(x.id, x.expression) for x in two] == [('rows-0000-0', 'x'), ('rows-0000-1', 'y')]
+    refused(lambda: read_rows([row | dict(expression=[])]), 'row 1: expression []')
+    refused(lambda: read_rows([row | dict(source=7)]), 'row 1: source 7')
+
+
+def test_parquet_without_pyarrow(tmp_path):
+    code = ("import sys; sys.modules['pyarrow'] = sys.modules['pyarrow.parquet'] = None\n"
+            "from ivt_min.datasets import read_rows\n"
+            "try: read_rows('a.parquet')\nexcept ValueError as e: print(e)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == 'a.parquet: to read it, pip install pyarrow\n', done.stderr
+
+
+def test_bad_parquet(tmp_path):
+    pytest.importorskip('pyarrow')
+    (tmp_path/'a.parquet').write_bytes(b'PAR1 no')
+    with pytest.raises(ValueError): read_rows(tmp_path/'a.parquet')
+
+
+def test_embedded_pictures_stay_bytes(tmp_path):
+    """A `datasets.Dataset` and its Parquet file, chosen and reordered; no picture is decoded."""
+    datasets = pytest.importorskip('datasets')
+    rows = [LMMS_ROW | dict(question_id=str(k)) for k in range(4)]
+    hub = datasets.Dataset.from_list(rows).cast_column('image', datasets.Image()).select([3, 1])
+    samples = read_rows(hub, REFCOCOG_LMMS, n=2)
+    assert [x.id for x in samples] == ['3-0', '3-1', '1-0', '1-1']
+    assert all(x.image == LMMS_ROW['image']['bytes'] for x in samples)
+    hub.to_parquet(tmp_path/'test-0.parquet')
+    assert read_rows(tmp_path/'test-0.parquet', REFCOCOG_LMMS, n=2) == samples
+    val = datasets.Dataset.from_list(rows, split='val')
+    refused(lambda: read_rows(val, REFCOCOG_LMMS), 'val: mixes the splits')
+
+
+# ---- the mix
+
+def photos(source, numbers, file_name=None):
+    """Samples that share photographs of COCO, or pictures of the set's own."""
+    return [Sample(f'{source}-{k}', source, f'thing {k}', (0, 0, 9, 9 + k % 90), 'x.jpg',
+                   dict(coco_id=None if file_name else n, file_name=file_name and f'{n}{file_name}'))
+            for k, n in enumerate(numbers)]
+
+
+def overlapping(seed=0):
+    """Three sets that show the same photographs."""
+    rng = np.random.default_rng(seed)
+    draw = lambda n, most: [int(v) for v in rng.integers(most, size=n)]
+    return {'ref-adv': photos('ref-adv', draw(300, 900)), 'refcocog': photos('refcocog', draw(900, 400)),
+            'ref-l4': photos('ref-l4', draw(900, 300))}
+
+
+@given(st.integers(0, 10**6), st.integers(3, 120), st.integers(3, 60), st.integers(3, 60))
+@settings(max_examples=60, deadline=None)
+def test_mix(seed, train, val, test):
+    sets, sizes = overlapping(seed), dict(train=train, val=val, test=test)
+    splits, manifest = mix(sets, sizes, seed)
+    assert {k: len(v) for k, v in splits.items()} == sizes and list(splits) == list(sizes)
+    for split, part in splits.items():
+        count = Counter(x.source for x in part)
+        assert max(count.values()) - min(count[name] for name in sets) <= 1
+        assert count['ref-adv'] >= count['refcocog'] >= count['ref-l4']     # what is left: to the first
+        assert {x.id for x in part} == {*manifest['ids'][split]} and len({x.id for x in part}) == len(part)
+    pictures = {split: {x.meta['coco_id'] for x in part} for split, part in splits.items()}
+    for a, b in (('train', 'val'), ('train', 'test'), ('val', 'test')): assert not pictures[a] & pictures[b]
+    assert json.loads(json.dumps(manifest)) == manifest == mix(sets, sizes, seed)[1]
+    assert mix(sets, sizes, seed + 1)[1]['ids'] != manifest['ids']
+
+
+def test_the_papers_sizes():
+    splits, manifest = mix({'a': photos('a', range(1142)), 'b': photos('b', range(5000, 9000)),
+                            'c': photos('c', range(1500), '.png')})
+    assert {k: Counter(x.source for x in v) for k, v in splits.items()} == {
+        'train': dict(a=800, b=800, c=800), 'val': dict(a=170, b=170, c=170), 'test': dict(a=169, b=168, c=168)}
+    assert {k: v['n'] for k, v in manifest['facts'].items()} == dict(a=1142, b=4000, c=1500, train=2400, val=510, test=505)
+
+
+def test_manifest_knows_its_sets():
+    sets = overlapping()
+    facts = mix(sets, dict(train=9))[1]['facts']
+    for change in (dict(truth=(0, 0, 9, 8)), dict(expression='other'), dict(id='other')):
+        changed = sets | {'ref-adv': [replace(sets['ref-adv'][0], **change), *sets['ref-adv'][1:]]}
+        other = mix(changed, dict(train=9))[1]['facts']
+        assert other['ref-adv'] != facts['ref-adv'] and other['ref-l4'] == facts['ref-l4']
+
+
+def test_mix_refuses():
+    sets = overlapping()
+    refused(lambda: mix(sets), 'too few samples', 'ref-adv')
+    same = photos('ref-adv', range(10_000, 10_900))
+    refused(lambda: mix(sets | dict(more=same), dict(train=9)), "twice: ['ref-adv-0'")
+    whole = {name: photos(name, [1] * 9) for name in 'ab'}     # one picture cannot be in two splits
+    refused(lambda: mix(whole, dict(train=2, test=2)), 'too few')
+
+
+def test_pictures_are_told_apart():
+    a, b = photos('a', [1], '.jpg')[0], photos('b', [1], '.jpg')[0]
+    assert picture_key(a) != picture_key(b) and picture_key(a) == 'a/1.jpg'
+    assert picture_key(photos('a', [1])[0]) == picture_key(photos('b', [1])[0]) == 'coco/1'
+
+
+# ---- out and in again
+
+@given(st.lists(st.tuples(st.integers(4, 3000), st.integers(4, 3000), st.floats(0, 1), st.floats(0, 1)),
+                min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_rows_round_trip(tmp_path_factory, shapes):
+    root = tmp_path_factory.mktemp('root')
+    rows = []
+    for k, (w, h, a, b) in enumerate(shapes):
+        x, y = a * (w - 2), b * (h - 2)
+        rows.append(L4_ROW | dict(id=k, width=w, height=h, bbox=[x, y, (w - x) / 2 + .5, (h - y) / 2 + .5],
+                                  file_name=f'COCO_train2014_{k:012d}.jpg'))
+    samples = read_rows(rows, REF_L4, root/'l4') + read_rows([R1_ROW], VLM_R1, root/'coco')
+    write_rows(root/'test.jsonl', samples)
+    again = read_rows(root/'test.jsonl', n=len(samples))
+    for x, y in zip(samples, again):
+        assert (x.id, x.source, x.expression, x.image, x.meta['coco_id']) == (
+            y.id, y.source, y.expression, y.image, y.meta['coco_id'])
+        assert np.allclose(x.truth, y.truth, rtol=0, atol=1e-9)
+    write_rows(root/'again.jsonl', again)
+    for one, two in zip(read_jsonl(root/'test.jsonl'), read_jsonl(root/'again.jsonl')):
+        assert np.allclose(one.pop('box'), two.pop('box'), rtol=0, atol=1e-9) and one == two
+
+
+def test_written_rows_keep_bytes_and_refuse_what_lies_elsewhere(tmp_path):
+    samples = read_rows([LMMS_ROW, LMMS_ROW | dict(question_id='2', file_name='../COCO_train2014_000000000002_9.jpg')],
+                        REFCOCOG_LMMS)
+    write_rows(tmp_path/'rows.jsonl', samples)
+    again = read_rows(tmp_path/'rows.jsonl')
+    assert scan(again) == (again, {}) and {x.source for x in again} == {'refcocog'}
+    assert [x.meta['coco_id'] for x in again] == [581857] * 2 + [2] * 2
+    assert len([*(tmp_path/'pictures'/'refcocog').iterdir()]) == 2
+    outside = read_rows([L4_ROW], REF_L4, tmp_path)
+    refused(lambda: write_rows(tmp_path/'below'/'rows.jsonl', outside), '1: ', 'is not below')
+    assert not (tmp_path/'below').exists()
+
+
+def asked(n, **changes):
+    return read_rows([L4_ROW | dict(id=k) | changes for k in range(n)], REF_L4, '.')
+
+
+def answers(samples, boxes, confidence=None):
+    return [Trajectory(x.id, x.source, x.expression, x.truth, [*b], [confidence] * len(b), [])
+            for x, b in zip(samples, boxes)]
+
+
+# a true box of 100 x 100 px; the guess keeps so many px of its width
+KEPT = [100, 99, 96, 95, 93, 91, 90, 87, 85, 82, 80, 77, 75, 71, 66, 60, 55, 50, 49, 20, None]
+# what the evaluation code of Ref-L4 (JierunChen/Ref-L4, ref_l4/evaluation.py) says of the exported file:
+# its Acc@.5, .75, .9 and its mAcc, percent
+THEIRS = [80.9524, 57.1429, 28.5714, 55.2381]
+
+
+def test_figures_are_those_of_ref_l4s_evaluator(tmp_path):
+    rows, boxes = [], []
+    for k, kept in enumerate(KEPT):
+        w, h, x, y = 640 + 16 * k, 480 + 8 * k, 3 * k, 2 * k
+        rows.append(L4_ROW | dict(id=100 + k, bbox=[x, y, 100., 100.], width=w, height=h))
+        boxes.append([kept and to_permille((x, y, x + kept, y + 100), w, h)])
+    samples = read_rows(rows, REF_L4, '.')
+    done = answers(samples, boxes)
+    export_ref_l4(done, samples, tmp_path/'l4.json')
+    found = read_json(tmp_path/'l4.json')
+    assert [row['id'] for row in found] == [row['id'] for row in rows] and {*found[0]} == {'id', 'pred_bbox', 'format'}
+    for row, out, kept in zip(rows, found, KEPT):
+        x, y = row['bbox'][:2]
+        assert np.allclose(out['pred_bbox'], (x, y, x + kept, y + 100) if kept else [0] * 4, atol=1e-9)
+    score = ious(done, -1)
+    acc = [hits(score, at, strict=True).mean() for at in (.5, .75, .9)]
+    macc = np.mean([hits(score, at / 100, strict=True).mean() for at in range(50, 100, 5)])
+    assert [round(100 * float(v), 4) for v in (*acc, macc)] == THEIRS
+    assert hits(score, .5).mean() > acc[0]      # ours counts an IoU that is equal
+
+
+def test_export_checks_what_belongs_together(tmp_path):
+    samples = asked(3)
+    done = answers(samples, [[x.truth] for x in samples])
+    for write in (export_ref_l4, export_coco):
+        refused(lambda: write(done[:2], samples, tmp_path/'out.json'), '2 samples, not 3')
+        refused(lambda: write(done[::-1], samples, tmp_path/'out.json'), 'asked was 0')
+        with pytest.raises((ValueError, IndexError)): write(done, samples, tmp_path/'out.json', step=1)
+    assert not (tmp_path/'out.json').exists()
+
+
+def test_export_coco(tmp_path):
+    samples = asked(2) + read_rows([R1_ROW], VLM_R1, '.')
+    done = answers(samples, [[None, samples[0].truth], [samples[1].truth, None], [samples[2].truth] * 2], -.5)
+    export_coco(done, samples, tmp_path/'coco.json')
+    one, two = read_json(tmp_path/'coco.json')
+    assert np.allclose(one['bbox'], L4_ROW['bbox']) and np.allclose(two['bbox'], LMMS_ROW['bbox'])
+    assert (one['image_id'], two['image_id']) == (L4_ROW['file_name'], 581857) and one['category_id'] == 1
+    assert one['score'] == two['score'] == math.exp(-.5)
+    export_coco(answers(samples, [[None]] * 3), samples, tmp_path/'none.json')
+    assert read_json(tmp_path/'none.json') == []
+
+
+@pytest.mark.parametrize('mode, unit', [('rel1000', (1000, 1000)), ('rel1', (1, 1)), ('abs', (1024, 741))])
+@pytest.mark.parametrize('form', ['boxes', 'texts'])
+def test_import(tmp_path, mode, unit, form):
+    samples = asked(25)
+    boxes = [[None, (100., 200., 500., 600.)], *([x.truth, x.truth] for x in samples[1:])]
+    def out(box):
+        box = box and to_pixels(box, *unit)
+        if form == 'boxes': return box
+        return 'nothing' if box is None else json.dumps(dict(bbox_2d=box))
+    rows = [{'id': x.id, form: [*map(out, pair)], 'confidences': [None, -.5]} for x, pair in zip(samples, boxes)]
+    write_jsonl(tmp_path/'rows.jsonl', rows[::-1])
+    done = import_predictions(tmp_path/'rows.jsonl', samples, mode)
+    for t, x, pair in zip(done, samples, boxes):
+        assert (t.id, t.source, t.expression, t.truth) == (x.id, x.source, x.expression, x.truth)
+        assert t.confidences == [None, -.5] and (t.boxes[0] is None) == (pair[0] is None)
+        for box, given_ in zip(t.boxes, pair): assert box is None or np.allclose(box, given_, atol=1e-9)
+    assert ious(done, -1)[1:].min() > .999
+
+
+def test_import_refuses(tmp_path):
+    samples, path = asked(3), tmp_path/'rows.jsonl'
+    def read(*rows, mode='rel1000'):
+        write_jsonl(path, rows)
+        return lambda: import_predictions(path, samples, mode)
+    good = [dict(id=k, boxes=[[1, 2, 3, 4]]) for k in range(3)]
+    assert len(read(*good)()) == 3
+    refused(read(*good[:2]), 'rows.jsonl', "'2'")
+    refused(read(*good, dict(id='x', boxes=[None])), 'rows.jsonl', "'x'")
+    refused(read(*good, good[0]), 'rows.jsonl', 'twice')
+    for bad in ([1, 2, 3], [1, 2, 3, 1001], [-1, 2, 3, 4], [3, 2, 1, 4], [1, 2, 1, 4], [1, 2, math.pi, '4'], [0, 0, 1e9, 9]):
+        refused(read(*good[:2], dict(id=2, boxes=[bad])), 'rows.jsonl', 'id 2, boxes')
+    refused(read(*good[:2], dict(id=2, boxes=7)), 'rows.jsonl', 'id 2, boxes')
+    refused(read(*good[:2], dict(id=2, boxes=[[1, 2, 3, 4]] * 2)), 'rows.jsonl', '2: 2 answers, not 1')
+    refused(read(*good[:2], good[2] | dict(confidences=[-1, -1])), 'rows.jsonl', '2')
+    refused(read(*good[:2], good[2] | dict(confidences=[.5])), 'rows.jsonl', '2: a log-probability above 0')
+    refused(read(dict(id=0), *good[1:]), 'rows.jsonl', '0')
+    refused(read(*good, mode='pixels'), 'rows.jsonl', 'pixels')
+
+
+def test_import_sees_pixels_read_as_permille(tmp_path):
+    """In small pictures no box in pixels goes as far as the truths do; a set of answers shows it."""
+    rows = [L4_ROW | dict(id=k, width=128, height=128, bbox=[60., 60., 60., 60.]) for k in range(25)]
+    samples = read_rows(rows, REF_L4, '.')
+    write_jsonl(tmp_path/'rows.jsonl', [dict(id=x.id, boxes=[to_pixels(x.truth, 128, 128)]) for x in samples])
+    refused(lambda: import_predictions(tmp_path/'rows.jsonl', samples), 'rows.jsonl', 'pixels?')
+    assert np.allclose(ious(import_predictions(tmp_path/'rows.jsonl', samples, 'abs')), 1)
+
+
+def test_texts_of_a_program_are_read_as_ours_are(tmp_path):
+    samples = asked(2)
+    write_jsonl(tmp_path/'rows.jsonl', [dict(id='0', texts=['I think ' + format_box((1, 2, 300, 400))]),
+                                        dict(id='1', texts=['no idea'])])
+    done = import_predictions(tmp_path/'rows.jsonl', samples)
+    assert [t.boxes for t in done] == [[(1, 2, 300, 400)], [None]] and done[1].texts == ['no idea']
