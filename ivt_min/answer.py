@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from .core import distinct, rng
 from .boxes import parse_box
-from .model import _marks, collate, forward, second_look
+from .model import _marks, collate, forward
 
 # %% ../nbs/05_answer.ipynb #7c56a546
 def stops(vlm):     # VLM
@@ -107,7 +107,6 @@ def _repeat(vlm, memory, rows):
 def _prefill(vlm, dialogues, memory=None):
     "Read what is new: logits of what follows each dialogue, (B, V), and a Memory of all of it."
     ids, mask, positions = collate(vlm, dialogues)
-    late = second_look(vlm, ids)
     pictures = [picture for d in dialogues for picture in d.pictures]
     cache = DynamicCache(config=vlm.model.config.text_config)
     if memory:
@@ -116,13 +115,12 @@ def _prefill(vlm, dialogues, memory=None):
         pictures = [picture for d, n in zip(dialogues, known) for picture in d.pictures[n:]]
         new = mask.sum(1) - memory.mask.sum(1)      # (B,) ids that the cache does not hold
         width = new.max().item()
-        ids, mask = ids[:, -width:], mask[:, -width:]
-        late, positions = late[:, -width:], positions[..., -width:]
+        ids, mask, positions = ids[:, -width:], mask[:, -width:], positions[..., -width:]
         # a row with less that is new begins with holes, not with its old ids once more
         is_new = torch.arange(width, device=ids.device) >= width - new[:, None]
         ids = ids.where(is_new, vlm.tokenizer.pad_token_id)
         mask = torch.cat([memory.mask, mask * is_new], 1)
-    hidden = forward(vlm, ids, mask, positions, pictures, late, cache)      # (B, L, D)
+    hidden = forward(vlm, ids, mask, positions, pictures, cache)            # (B, L, D)
     logits = vlm.model.lm_head(hidden[:, -1:])[:, -1]
     position = positions.amax((0, 2))                                       # (B,)
     read = torch.tensor([len(d.pictures) for d in dialogues]).to(ids)       # (B,)
@@ -135,8 +133,7 @@ def _feed(vlm, ids, live, memory):
     mask = torch.cat([memory.mask, column], 1)
     position = memory.position + 1
     positions = position[None, :, None].expand(3, -1, 1)
-    late = memory.pictures[:, None] > 1
-    hidden = forward(vlm, ids[:, None], mask, positions, (), late, memory.cache)
+    hidden = forward(vlm, ids[:, None], mask, positions, (), memory.cache)
     return vlm.model.lm_head(hidden)[:, -1], replace(memory, mask=mask, position=position)
 
 # %% ../nbs/05_answer.ipynb #730a6616
@@ -203,16 +200,12 @@ def answer(
     if memory and again:
         memory = _repeat(vlm, memory, [row_of.index(k) for k in range(len(unlike))])
     logits, memory = _prefill(vlm, unlike, memory)
-    u = None
-    if temperature:     # but answered as often as it comes
-        u = uniforms(keys, max_tokens).to(logits.device)                    # (B, max_tokens)
-        if again: logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
+    if again:       # and answered as often as it comes
+        logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
+    u = uniforms(keys, max_tokens).to(logits.device) if temperature else None   # (B, max_tokens)
     rows, ends, memory = _decode(vlm, logits, memory, u, max_tokens, temperature,
                                  until and (lambda text: until(opened + text)))
-    turns = [_turn(vlm, row, end, opened) for row, end in zip(rows, ends)]
-    if again and not temperature:
-        turns, memory = [turns[k] for k in row_of], _repeat(vlm, memory, row_of)
-    return turns, memory
+    return [_turn(vlm, row, end, opened) for row, end in zip(rows, ends)], memory
 
 # %% ../nbs/05_answer.ipynb #4ff26d22
 def generate(
@@ -245,7 +238,6 @@ def chosen_logps(
 def _checkpointed(vlm, wanted):
     "While this is open, a layer keeps only what it was given, and is run again for a gradient."
     layers = vlm.model.model.language_model.layers if wanted else []
-    if wanted and vlm.late: raise ValueError('checkpointing: not with a late adapter')
     for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try: yield
     finally:

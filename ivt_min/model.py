@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'load', 'encode', 'Patches', 'to_patches', 'Dialogue',
-           'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'second_look',
-           'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'merge']
+           'image_tokens', 'ask', 'words_of', 'question', 'collate', 'encode_pictures', 'features', 'forward',
+           'use_adapter', 'add_adapter', 'adapter_weights', 'set_adapter_weights', 'merge']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
 import inspect, os, re, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
@@ -42,8 +42,6 @@ class VLM:
     made_for: str = ''  # what it was made for, where it is of no use elsewhere
     opens: str = ''     # what its template begins an answer with: '', or a thought's mark
     loop: dict = None   # settings of the loop that its adapter was taught with
-    late: set = field(default_factory=set)  # names of its late adapters, see `forward`
-    adapted: list = field(default_factory=list) # its layers that have an adapter, of `add_adapter`
 
 # %% ../nbs/04_model.ipynb #33430952
 def shipped():    # of name -> folder
@@ -286,59 +284,23 @@ def features(
     return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=tokens,
                                                            deepstack_features=deep))
 
-# %% ../nbs/04_model.ipynb #b45c758c
-def second_look(
-    vlm,    # VLM
-    ids,    # (B, L)
-):          # (B, L) bool
-    "Which columns belong to the second picture of their dialogue, or come after its beginning."
-    return (ids == vlm.model.config.vision_start_token_id).cumsum(1) > 1
-
-# %% ../nbs/04_model.ipynb #2664832d
+# %% ../nbs/04_model.ipynb #35309967
 _FORWARD = inspect.signature(Qwen3VLModel.forward).parameters
 _CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
 
-def _adapted_layers(vlm):
-    "Its layers that have an adapter, each with the names of those that act."
-    return {layer: [name for name in layer.active_adapters if name in layer.lora_B]
-            for layer in vlm.adapted}
-
-# %% ../nbs/04_model.ipynb #717d1dc1
-@contextmanager
-def _adapters(vlm, late):
-    "Late adapters act where `late`, (B, L) bool, is true; others everywhere."
-    def gate(module, args, out): return out * late[..., None].to(out)
-    layers = _adapted_layers(vlm)
-    if late.all() or vlm.late.isdisjoint(sum(layers.values(), [])): layers = {}
-    plain, hooks = {}, []
-    if late.any() or torch.is_grad_enabled():
-        hooks = [layer.lora_B[name].register_forward_hook(gate)
-                 for layer, names in layers.items() for name in names]
-    else: plain = {layer: layer.get_base_layer().forward for layer in layers}
-    for layer, function in plain.items(): layer.forward = function
-    try: yield
-    finally:
-        for layer in plain: del layer.forward
-        for hook in hooks: hook.remove()
-
-# %% ../nbs/04_model.ipynb #35309967
 def forward(
     vlm,            # VLM
     ids,            # (B, L) ids to read
     mask,           # (B, columns), 1 where a column counts: those of the cache, then the L new ones
     positions,      # (3, B, L) of M-RoPE
     pictures=(),    # list of Patches, those behind the image tokens of `ids`, in order
-    late=None,      # (B, L) bool, where late adapters act; by default `second_look` of `ids`
-    cache=None,     # keys and values so far, grows by L columns; `late` must be given with it
+    cache=None,     # keys and values so far, grows by L columns
 ):                  # hidden states (B, L, D), of which `vlm.model.lm_head` makes logits (B, L, V)
     "One run of the network over a batch."
-    if late is None and cache is not None: raise ValueError('a cache, but not where to be late')
-    where = second_look(vlm, ids) if late is None else late
-    with _adapters(vlm, where):
-        return vlm.model.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions,
-            mm_encoder_outputs=features(vlm, pictures), use_cache=cache is not None,
-            **{_CACHE: cache})[0]
+    return vlm.model.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions,
+        mm_encoder_outputs=features(vlm, pictures), use_cache=cache is not None,
+        **{_CACHE: cache})[0]
 
 # %% ../nbs/04_model.ipynb #bc6af51d
 def use_adapter(
@@ -361,7 +323,6 @@ def add_adapter(
     with warnings.catch_warnings():     # a second adapter is no accident
         warnings.filterwarnings('ignore', 'Already found a `peft_config`')
         functional.inject_adapter_in_model(config, vlm.model, name)
-    vlm.adapted[:] = [part for part in vlm.model.modules() if hasattr(part, 'lora_B')]
     use_adapter(vlm, name)
 
 # %% ../nbs/04_model.ipynb #93c22cd0
@@ -389,10 +350,10 @@ def set_adapter_weights(
 # %% ../nbs/04_model.ipynb #254ee742
 def merge(vlm): # VLM
     "Put what its adapter adds into its weights for good."
-    for layer, names in _adapted_layers(vlm).items():
-        layer.merge(adapter_names=names)
-        layer.merged_adapters.clear()
-        for name in names: layer.delete_adapter(name)
+    layers = [part for part in vlm.model.modules() if hasattr(part, 'lora_B')]
+    for layer in layers:
+        layer.merge()
+        while layer.merged_adapters: layer.delete_adapter(layer.merged_adapters.pop())
 
 # %% ../nbs/04_model.ipynb #4202bf9d
 SAVED = 'adapter_model.safetensors'     # the file of a PEFT folder
@@ -416,7 +377,6 @@ def _with_adapter(vlm, folder, about, name):
     odd = _misfits(weights, adapter_weights(vlm, name))
     if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
     set_adapter_weights(vlm, name, weights)
-    if about.get('late'): vlm.late.add(name)
     loop = about.get('loop')
     if loop: loop = dict(loop, fill=tuple(loop['fill']))
     return replace(vlm, name=name, loop=loop)

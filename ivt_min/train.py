@@ -40,14 +40,13 @@ def trainable(
 def add_lora(
     vlm,    # VLM
     name,   # of its new adapter
-    s,      # settings with rank, alpha, late, seed
+    s,      # settings with rank, alpha, seed
 ):          # dict of name -> parameter, as of `trainable`
     "A fresh LoRA adapter on the language model; all other weights are frozen."
     config = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=TARGETS)
     with torch.random.fork_rng():   # leaves the caller's generator as it was
         torch.manual_seed(s.seed)
         add_adapter(vlm, config, name)
-    if s.late: vlm.late.add(name)
     return trainable(vlm, name)
 
 # %% ../nbs/10_train.ipynb #e63b6a50
@@ -261,7 +260,7 @@ def save_adapter(
     write_json(folder/'adapter_config.json', known)
     size = vlm.processor.size
     write_json(folder/'ivt.json', dict(
-        run=run, base=base, loop=asdict(loop), late=name in vlm.late, prompt=vlm.prompt,
+        run=run, base=base, loop=asdict(loop), prompt=vlm.prompt,
         pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
         nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
         attention=vlm.model.config._attn_implementation))

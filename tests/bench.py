@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -37,13 +36,11 @@ from types import SimpleNamespace as Stub
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LogitsProcessor, StoppingCriteria
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.utils import logging
 
@@ -51,7 +48,7 @@ from ivt_min import answer as answers
 from ivt_min.boxes import iou, parse_box
 from ivt_min.core import data_path, read_json, read_jsonl
 from ivt_min.scenes import split
-from ivt_min.model import load, question, second_look
+from ivt_min.model import load, question
 from ivt_min.answer import Turn, answer, choose, closed, log_probs, stops, uniforms
 from ivt_min.loop import Loop, go_on, model_policy, rollout
 from ivt_min.verdict import loop_of
@@ -242,8 +239,7 @@ class Peer:
             draw = Drawn(torch.tensor(self.banned), loop.temperature, u)
             options = dict(logits_processor=[draw])
         end = Closed(self, start, len(dialogues))
-        with late_adapters(self.vlm, self.model, len(dialogues[0].pictures) < 2):
-            out = self.generate(inputs, loop.max_tokens, stopping_criteria=[end], **options)
+        out = self.generate(inputs, loop.max_tokens, stopping_criteria=[end], **options)
         logp = torch.stack(draw.logps, 1).tolist() if draw else [()] * len(dialogues)
         turns = []
         for ids, how, values in zip(out[:, start:].tolist(), end.ended, logp):
@@ -274,29 +270,6 @@ def plain_model(adapter=None):
     model = AutoModelForImageTextToText.from_pretrained(data_path("tiny"), dtype=torch.float32)
     if adapter: model = PeftModel.from_pretrained(model, data_path("adapters")/adapter)
     return model.eval()
-
-
-@contextmanager
-def late_adapters(vlm, model, first=False):
-    """Late adapters in a plain model: off in the first step, then gated by hooks in the prefill."""
-    if not vlm.late:
-        yield
-        return
-    layers, where = [part for part in model.modules() if isinstance(part, LoraLayer)], {}
-    def see(module, args, options):
-        ids = options["input_ids"]
-        where["late"] = second_look(vlm, ids)[..., None] if ids.shape[1] > 1 else None
-    def gate(module, args, out): return out if where["late"] is None else out * where["late"]
-    hooks = []
-    if layers and not first:
-        [inner] = [part for part in model.modules() if isinstance(part, Qwen3VLModel)]
-        hooks = [b.register_forward_hook(gate) for layer in layers for b in layer.lora_B.values()]
-        hooks.append(inner.register_forward_pre_hook(see, with_kwargs=True))
-    for layer in layers: layer.enable_adapters(not first)
-    try: yield
-    finally:
-        for hook in hooks: hook.remove()
-        for layer in layers: layer.enable_adapters(True)
 
 
 # ---- rollouts and evaluations
@@ -362,7 +335,7 @@ def eval_batched(size):
 
 
 def eval_adapter(size):
-    """The same with the shipped late adapter, which the peer gates as in `late_adapters`."""
+    """The same with a shipped adapter."""
     yield greedy("eval_adapter", size, 64, adapter="sft")
 
 
@@ -455,8 +428,7 @@ class Lessons:
             inputs = self.peer.batch([row.dialogue for row in rows], "right")
             learned = pad_sequence([torch.tensor(row.mask) for row in rows], True)
             inputs["labels"] = inputs["input_ids"].where(learned > 0, -100)
-            late = late_adapters(self.vlm, self.model) if self.s.late else nullcontext()
-            with late, torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 loss = self.peer_loss(self.model, inputs, n)
             loss.backward()
 
@@ -472,14 +444,13 @@ def rounded(s):
 
 
 def sft_update(size):
-    """SFT updates against `model(..., labels).loss`: fp32 and bf16 (the peer under autocast), a
-    plain adapter and a late one (the peer gates it as in `late_adapters`)."""
+    """SFT updates against `model(..., labels).loss`: fp32 and bf16 (the peer under autocast)."""
     def loss(model, inputs, n):
         return model(**inputs, num_items_in_batch=n, use_cache=False).loss
-    for late, bf16 in ((0, 0), (0, 1), (1, 0), (1, 1))[:4 if size.warm > 1 else 1]:
-        s = stored(SFT, "sft_paper-s0", late=bool(late), bf16=bool(bf16), batch=size.dialogues)
+    for bf16 in (False, True)[:2 if size.warm > 1 else 1]:
+        s = stored(SFT, "sft_paper-s0", bf16=bf16, batch=size.dialogues)
         if bf16 and not rounded(s): continue
-        name = "sft_update" + "_late" * late + "_bf16" * bf16
+        name = "sft_update" + "_bf16" * bf16
         yield Lessons(size, s, plain_model(), loss).race(name, "model(..., labels).loss")
 
 
@@ -489,7 +460,7 @@ def sft_update_trl(size):
     model = plain_model()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))   # as the trainer has it
     def loss(model, inputs, n): return -model(**inputs, fused_lm_head=True).log_probs.sum() / n
-    s = stored(SFT, "sft_paper-s0", late=False, bf16=False, batch=size.dialogues)
+    s = stored(SFT, "sft_paper-s0", bf16=False, batch=size.dialogues)
     yield Lessons(size, s, model, loss).race("sft_update_trl", "TRL's SFT forward")
 
 
@@ -797,7 +768,7 @@ def roofline(size):
     yield values("gemm_fp32", "GFLOP/s", fp32)
     yield values("gemm_bf16", "GFLOP/s", bf16)
     yield values("bandwidth", "GB/s", copied)
-    vlm, s = endless()[0], stored(SFT, "sft_paper-s0", late=False, bf16=False)
+    vlm, s = endless()[0], stored(SFT, "sft_paper-s0", bf16=False)
     asked = questions(vlm, split("test", 64))
     weights = sum(p.numel() for p in vlm.model.model.language_model.parameters()) * 4 / 1e9
     def prefill(): answer(vlm, asked, max_tokens=1)

@@ -31,11 +31,11 @@ def vlm():
     return load(device="cpu")
 
 
-def lesson(nudge=0., late=False):
+def lesson(nudge=0.):
     """A model with an adapter that was taught (not really) and its twin, which may have moved."""
     vlm, g = load(device="cpu"), torch.Generator().manual_seed(0)
     noise = lambda p, size: torch.randn(p.shape, generator=g) * size
-    for p in add_lora(vlm, "sft", SFT(rank=4, alpha=4, late=late)).values(): p.data = noise(p, .02)
+    for p in add_lora(vlm, "sft", SFT(rank=4, alpha=4)).values(): p.data = noise(p, .02)
     for p in (params := copy_adapter(vlm)).values(): p.data += noise(p, nudge)
     return vlm, params
 

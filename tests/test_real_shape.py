@@ -211,14 +211,6 @@ def test_checkpointing_saves_memory_and_changes_nothing(folder):
     assert len(turn.ids) == 4
 
 
-def test_a_late_adapter_is_not_checkpointed(vlm, folder):
-    late = load(folder, device="cpu")
-    add_lora(late, "a", replace(BRIEF, late=True))
-    row = make_row(late, BRIEF, *lessons(1)[0])
-    with pytest.raises(ValueError, match="late"):
-        sft_loss(late, [row], 9, checkpointing=True)
-
-
 def test_slices_change_no_rollout(folder):
     """Six trajectories in one batch, or four at a time: the same ids and log-probabilities."""
     vlm = load(folder, device="cpu")
