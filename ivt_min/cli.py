@@ -1,9 +1,9 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, hashlib, json, os, runpy, sys, tempfile, warnings
-from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .core import data_path, read_json, settings_hash, write_json
+from .datasets import LAYOUTS, missed, read_rows, scan
 
 RULE = 'confident'  # the label-free one where no rows choose it
 RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
@@ -113,7 +113,6 @@ def ask_all(
     Answers are kept as they come; stopped anywhere, it goes on."""
     from transformers.utils import logging
     from .core import append_jsonl, to_row, write_jsonl
-    from .datasets import missed, scan
     from .evaluate import read_run
     from .loop import record
     from .train import ranks, total
@@ -142,16 +141,14 @@ def ask_all(
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import columns
-    from .datasets import LAYOUTS, read_rows
     from .evaluate import table
     from .model import load
     from .train import ranks
     from .verdict import free_cores, go_round, loop_of, remind
-    layout = LAYOUTS[args.layout]
-    layout = replace(layout, convention=args.convention or layout.convention)
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
-    samples = {split: read_rows(path, layout, args.images) for split, path in data.items()}
+    samples = {split: read_rows(path, LAYOUTS[args.layout], args.images)
+               for split, path in data.items()}
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
@@ -229,13 +226,11 @@ def build_parser():
     one.add_argument('--out', help='picture to write; with several pictures, a folder of them')
     all_of = made['evaluate']
     all_of.add_argument('model', help='what comes along, a folder, or a name on the hub')
-    all_of.add_argument('data', help='JSONL file; pictures are looked for beside it')
+    all_of.add_argument('data', help='rows, .jsonl, .json or .parquet; pictures lie beside them')
     all_of.add_argument('--val', help='rows of the same form that choose the label-free rule')
-    all_of.add_argument('--layout', default='own', help='whose rows they are: own, ref-adv-s, '
-                        'ref-l4, refcocog, refcocog-lmms, vlm-r1')
+    all_of.add_argument('--layout', default='own', choices=LAYOUTS, help='how the rows are '
+                        'written: own (a box is x0, y0, x1, y1), own-xywh, or as in a real set')
     all_of.add_argument('--images', help='folder of the pictures; by default that of the rows')
-    all_of.add_argument('--convention', choices=('xyxy px', 'xywh px'),
-                        help='what the four numbers of a box are, if not as in the layout')
     all_of.add_argument('--nf4', action='store_true', help='hold the language model in 4 bits')
     all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
     again = made['reproduce']

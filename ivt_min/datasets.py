@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 'LAYOUTS', 'true_box', 'coco_id', 'Layout',
-           'read_rows', 'scan', 'missed', 'picture_key', 'mix', 'write_rows', 'export_ref_l4', 'export_coco',
-           'import_predictions']
+           'read_rows', 'scan', 'missed', 'write_rows', 'export_ref_l4', 'export_coco', 'import_predictions']
 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, math, os, re, reprlib
@@ -40,16 +39,6 @@ def _text(value):
 def _side(value):
     _must(type(value) is int and 0 < value < 10**6, 'not a number of pixels')
     return value
-
-def _flag(value):
-    _must(type(value) is bool, 'neither true nor false')
-    return value
-
-def _count(value):
-    n = len(value) if type(value) is list else value
-    fine = type(n) in (int, str) and re.fullmatch('[0-9]{1,6}', str(n))
-    _must(fine, 'neither a count nor a list')
-    return int(n)
 
 # %% ../nbs/20_datasets.ipynb #da7a0006
 def _name(value): return _text(str(value) if type(value) is int else value)
@@ -108,16 +97,15 @@ class Layout:
     convention: str     # of the box: 'xyxy px' or 'xywh px'
     file: str = 'file_name'     # field of the picture's name
     id: str = 'id'      # field of the id; where it is missing, the position makes one
-    facts: dict = field(default_factory=dict)   # fields that must be there -> function that reads
+    facts: tuple = ()   # other fields that must be there; they are kept in `meta`
     adapt: object = None        # function from a row to what is to be changed in it
 
 # %% ../nbs/20_datasets.ipynb #da7a000e
-_SIZE = dict(width=_side, height=_side)
+_SIZE = 'width', 'height'
 OWN = Layout('', 'expression', 'box', 'xyxy px', 'image')
-REF_ADV_S = Layout('ref-adv-s', 'normal_caption', 'solution', 'xyxy px', facts=_SIZE | dict(
-    image_source=_text, human_authored=_flag, use_negation=_flag, distractors=_count))
-REF_L4 = Layout('ref-l4', 'caption', 'bbox', 'xywh px', facts=_SIZE | dict(
-    is_rewrite=_flag, split=_text))
+REF_ADV_S = Layout('ref-adv-s', 'normal_caption', 'solution', 'xyxy px', facts=(
+    *_SIZE, 'image_source', 'human_authored', 'use_negation', 'distractors'))
+REF_L4 = Layout('ref-l4', 'caption', 'bbox', 'xywh px', facts=(*_SIZE, 'is_rewrite', 'split'))
 REFCOCOG_LMMS = Layout('refcocog', 'answer', 'bbox', 'xywh px', id='question_id')
 VLM_R1 = Layout('vlm-r1', 'normal_caption', 'solution', 'xyxy px', 'image')
 
@@ -128,7 +116,7 @@ def _of_refcocog(row):
     return {k: info[k] for k in ('file_name', 'width', 'height')}
 
 REFCOCOG = Layout('refcocog', 'captions', 'bbox', 'xyxy px', id='ref_id', adapt=_of_refcocog)
-LAYOUTS = {'own': OWN, 'ref-adv-s': REF_ADV_S, 'ref-l4': REF_L4, 'refcocog': REFCOCOG,
+LAYOUTS = {'own': OWN, 'own-xywh': replace(OWN, convention='xywh px'), 'ref-adv-s': REF_ADV_S, 'ref-l4': REF_L4, 'refcocog': REFCOCOG,
            'refcocog-lmms': REFCOCOG_LMMS, 'vlm-r1': VLM_R1}
 
 # %% ../nbs/20_datasets.ipynb #da7a0013
@@ -158,10 +146,10 @@ def _samples(row, layout, name, images):
     name = _read(row, layout.id, _name)
     image = _image(row, layout.file, images)
     file = row[layout.file] if type(row[layout.file]) is str else name
-    if not {'width', 'height'} <= row.keys():
-        row['width'], row['height'] = open_image(image).size
-    meta = {k: _read(row, k, reader) for k, reader in (_SIZE | layout.facts).items()}
-    size = meta['width'], meta['height']
+    if not {*_SIZE} <= row.keys(): row |= zip(_SIZE, open_image(image).size)
+    size = [_read(row, side, _side) for side in _SIZE]
+    meta = {k: row[k] for k in (*_SIZE, *layout.facts)}
+    json.dumps(meta, allow_nan=False)   # it can be kept
     truth, cut = _read(row, layout.box, lambda box: true_box(box, *size, layout.convention))
     meta |= dict(box=list(row[layout.box]), convention=layout.convention, cut=cut,
                  file_name=file, coco_id=coco_id(file))
@@ -237,50 +225,6 @@ def missed(
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)
-
-# %% ../nbs/20_datasets.ipynb #da7a002c
-def picture_key(sample):    # Sample
-    "What all samples of a picture have in common; COCO's number is the same in all sets."
-    number = sample.meta.get('coco_id')
-    if number is not None: return f'coco/{number}'
-    return f'{sample.source}/{sample.meta.get("file_name", sample.id)}'
-
-# %% ../nbs/20_datasets.ipynb #da7a002e
-def _facts(samples):
-    "How many samples, and a fingerprint of their ids, truths and words."
-    rows = [[x.id, x.truth, x.expression] for x in samples]
-    return dict(n=len(rows), hash=settings_hash(rows))
-
-# %% ../nbs/20_datasets.ipynb #da7a0030
-def mix(
-    sets,       # dict, name of a set -> list of Sample
-    sizes=None, # dict, split -> samples; by default the paper's
-    seed=0,     # of the choice
-):              # dict, split -> list of Sample; the manifest, a dict for JSON
-    "Splits with an equal share of each set, no picture in two of them."
-    sizes = sizes or dict(train=2400, val=510, test=505)
-    ids = Counter(x.id for part in sets.values() for x in part)
-    twice = [name for name, n in ids.most_common(3) if n > 1]
-    _must(not twice, f'ids that are there twice: {twice}')
-    pictures = {}
-    for name, part in sets.items():
-        for x in part: pictures.setdefault(picture_key(x), []).append((name, x))
-    splits = {split: [] for split in sizes}
-    left = {(split, name): (size + k) // len(sets)
-            for split, size in sizes.items() for k, name in enumerate(reversed(sets))}
-    keys = sorted(pictures)
-    for k in rng('mix', seed).permutation(len(keys)):
-        own = pictures[keys[k]]
-        split = max(sizes, key=lambda split: sum(left[split, name] for name, _ in own))
-        for name, x in own:
-            if left[split, name]:
-                left[split, name] -= 1
-                splits[split].append(x)
-    short = {key: n for key, n in left.items() if n}
-    _must(not short, f'too few samples, there are missing {short}')
-    chosen = {split: [x.id for x in part] for split, part in splits.items()}
-    facts = {name: _facts(part) for name, part in (sets | splits).items()}
-    return splits, dict(seed=seed, sizes=sizes, ids=chosen, facts=facts)
 
 # %% ../nbs/20_datasets.ipynb #da7a0034
 def write_rows(

@@ -190,8 +190,8 @@ def rollout_stats(
 def _fit(vlm, samples, s):
     "What the log of a run says of its samples; ValueError where a step could not be made of them."
     rank, n_ranks = ranks()
-    if len(samples) < s.prompts: raise ValueError(f'{len(samples)} samples, {s.prompts} a step')
-    if s.prompts % n_ranks: raise ValueError(f'{s.prompts} prompts a step, {n_ranks} processes')
+    if len(samples) < s.prompts or s.prompts % n_ranks:
+        raise ValueError(f'{s.prompts} prompts a step, {len(samples)} samples, {n_ranks} processes')
     for x in samples[rank::n_ranks]: question(vlm, x)
     return [(x.id, x.expression, x.truth) for x in samples]
 

@@ -120,19 +120,18 @@ def served(
     "A server as a function; it raises ValueError where the server refuses (4xx but 408, 429)."
     if not re.fullmatch('https?://[!-~]+', url): raise ValueError('no http(s) URL')
     known = _answered(cache)
-    locks = {}      # one for each request
+    lock = threading.Lock()
     def ask(request_of, items):     # function of an item -> dict, the request but for its model
         def reply_to(item):
             body = json.dumps(dict(model=model, **request_of(item))).encode()
             name = hashlib.sha256(body).hexdigest()
-            with locks.setdefault(name, threading.Lock()):  # the same again waits for its answer
-                if name in known: return known[name]
+            if name not in known:
                 secret = os.environ.get(key, '').strip()
                 reply = dict(key=name, **_post(url, body, secret, timeout, tries))
-                if 'why' not in reply:
-                    append_jsonl(cache, reply)
-                    known[name] = reply
-                return reply
+                if 'why' in reply: return reply
+                with lock: append_jsonl(cache, reply)
+                known[name] = reply
+            return known[name]
         with ThreadPoolExecutor(workers) as pool: replies = list(pool.map(reply_to, items))
         why = [reply['why'] for reply in replies if 'why' in reply]
         if why: warnings.warn(f'{len(why)} of {len(replies)} without an answer: {why[-1]}')
@@ -172,7 +171,7 @@ def served_policy(
             messages += [dict(role='assistant', content=turn.text), shown]
         seed = int(rng(*episode.key, len(episode.turns)).integers(2**31))
         return dict(temperature=loop.temperature, max_tokens=loop.max_tokens, logprobs=logprobs,
-                    seed=seed if loop.temperature else None, messages=messages)
+                    seed=seed, messages=messages)
     def policy(episodes, memory=None):
         replies = ask(request, episodes)
         return [Turn((), (), r['text'] or '', r.get('confidence')) for r in replies], None

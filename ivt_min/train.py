@@ -256,8 +256,7 @@ def save_adapter(
     if base == str(data_path('tiny').resolve()): base = None
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=base or 'tiny', inference_mode=True)
-    known = {key: v for key, v in config.items() if v is not None}  # for an older peft
-    write_json(folder/'adapter_config.json', known)
+    write_json(folder/'adapter_config.json', config)
     size = vlm.processor.size
     write_json(folder/'ivt.json', dict(
         run=run, base=base, loop=asdict(loop), prompt=vlm.prompt,

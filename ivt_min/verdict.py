@@ -194,16 +194,11 @@ def _found(episode):
     return Refinement(done.expression, steps, px(episode.held), size, strip)
 
 # %% ../nbs/13_verdict.ipynb #f6a217ce
-def _as_list(one, other):
-    "A list as it is; what is none, once for each of the other."
-    if isinstance(one, list): return one
-    return [one] * (len(other) if isinstance(other, list) else 1)
-
 def _pairs(image, expression):
     "The pictures and what to look for in each; ValueError where they are not as many."
-    images, texts = _as_list(image, expression), _as_list(expression, image)
-    if len(images) != len(texts):
-        raise ValueError(f'{len(images)} pictures, but {len(texts)} expressions')
+    n = [len(v) for v in (image, expression) if isinstance(v, list)] or [1]
+    if len({*n}) > 1: raise ValueError(f'{n[0]} pictures, but {n[1]} expressions')
+    images, texts = (v if isinstance(v, list) else [v] * n[0] for v in (image, expression))
     return list(zip(images, texts))
 
 # %% ../nbs/13_verdict.ipynb #95275afd

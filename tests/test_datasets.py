@@ -77,13 +77,14 @@ def test_sample(folder):
     assert sample.truth == to_permille(TRUTH, 80, 60) == (125, 1000 / 3, 375, 2500 / 3)
     assert sample.meta == dict(
         file_name='000000547144.jpg', width=80, height=60, image_source='coco_val2017',
-        human_authored=True, use_negation=False, distractors=2, box=list(map(float, TRUTH)),
+        human_authored=True, use_negation=False, distractors=['a', 'b'], box=list(map(float, TRUTH)),
         convention='xyxy px', cut=False, coco_id=547144)
     json.dumps(sample.meta, allow_nan=False)
 
 
-@pytest.mark.parametrize('value, n', [('5', 5), (5, 5), (0, 0), (['x'] * 3, 3), ([], 0)])
-def test_distractors(folder, value, n): assert read(folder, distractors=value)[0].meta['distractors'] == n
+@pytest.mark.parametrize('value', ['5', 5, 0, ['x'] * 3, []])
+def test_facts_are_kept_as_they_are(folder, value):
+    assert read(folder, distractors=value)[0].meta['distractors'] == value
 
 
 def test_coco_id_is_that_of_the_file_name(folder):
@@ -367,9 +368,7 @@ def test_expression_is_refused(text): refused([ROW | dict(normal_caption=text)],
 
 
 @pytest.mark.parametrize('field, values', [
-    ('width', [0, -1, 80., '80', True, None, 10**6, 10**400]), ('height', [0, 60.5, None]),
-    ('human_authored', ['true', 1, None]), ('use_negation', [0, 'no', None]), ('image_source', ['', None, 1]),
-    ('distractors', ['', 'many', '5.0', '-1', -1, 5., True, None, {}, '9' * 9])])
+    ('width', [0, -1, 80., '80', True, None, 10**6, 10**400]), ('height', [0, 60.5, None])])
 def test_other_fields(field, values):
     for v in values: refused([ROW | {field: v}], f'rows, row 1: {field}')
 
@@ -482,7 +481,7 @@ def test_real_photographs():
     samples = read_adv(REAL/'samples.json', REAL/'images', n=20)
     rows = read_json(REAL/'samples.json')
     assert scan(samples) == (samples, {})
-    assert [s.meta['distractors'] for s in samples] == [int(r['distractors']) for r in rows]
+    assert [s.meta['distractors'] for s in samples] == [r['distractors'] for r in rows]
     for s, row in zip(samples, rows):
         size = row['width'], row['height']
         assert np.allclose(to_pixels(s.truth, *size), row['solution'])

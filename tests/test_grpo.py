@@ -271,7 +271,7 @@ def test_settings_that_teach_nothing():
 
 
 def test_fewer_samples_than_prompts(tmp_path):
-    with pytest.raises(ValueError, match="1 samples, 2 a step"):
+    with pytest.raises(ValueError, match="2 prompts a step, 1 samples"):
         train_grpo(None, {}, split("train", 1), TINY, tmp_path)
 
 

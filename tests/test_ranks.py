@@ -72,7 +72,7 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
 
 def test_prompts_that_do_not_divide_are_refused(tmp_path):
     done = start(2, *JOB, "three", tmp_path / "run")
-    assert done.returncode != 0 and "3 prompts a step, 2 processes" in done.stderr
+    assert done.returncode != 0 and "3 prompts a step, 4 samples, 2 processes" in done.stderr
 
 
 def test_an_evaluation_is_the_same_file(tmp_path):

@@ -333,9 +333,3 @@ def test_a_bound_holds_under_trouble(tmp_path):
     with Server(tmp_path, trouble=["cut", "500", "bad json"], each=True, wait=.02) as server:
         texts = teacher_of(server, tmp_path / "c.jsonl", workers=3, timeout=5)(looks_of(20))
         assert None not in texts and max(r["now"] for r in server.asked()) == 3
-
-
-def test_the_same_question_at_once_is_asked_once(tmp_path):
-    with Server(tmp_path, wait=.1) as server:
-        texts = teacher_of(server, tmp_path / "c.jsonl", workers=8, timeout=5)(looks_of(2) * 8)
-        assert len(server.asked()) == 2 and len(set(texts)) == 2

@@ -11,8 +11,15 @@ from ivt_min.boxes import format_box, to_permille, to_pixels
 from ivt_min.core import Sample, Trajectory, read_json, read_jsonl, write_json, write_jsonl
 from ivt_min.datasets import (
     LAYOUTS, OWN, REF_ADV_S, REF_L4, REFCOCOG, REFCOCOG_LMMS, VLM_R1, export_coco, export_ref_l4,
-    import_predictions, mix, picture_key, read_rows, scan, write_rows)
+    import_predictions, read_rows, scan, write_rows)
 from ivt_min.evaluate import hits, ious
+from test_project import ROOT, sources
+
+PAGE = {}   # what the page about scale does with the three sets
+for source in sources(ROOT/'nbs/lab/45_scale.ipynb'):
+    if 'import Counter' in source or 'from ivt_min.core' in source or 'def picture_key' in source \
+            or 'def facts_of' in source or 'def mix(' in source: exec(source, PAGE)
+mix, picture_key = PAGE['mix'], PAGE['picture_key']
 
 LADY = [103.93, 299.99, 238.15, 477.41]     # COCO's box of annotation 1719310, as corners
 NAME = 'COCO_train2014_000000581857'
@@ -56,7 +63,7 @@ def refused(read, *parts):
 
 # ---- every layout
 
-def test_there_is_a_row_for_every_layout(): assert {*ROWS, 'own'} == {*LAYOUTS}
+def test_there_is_a_row_for_every_layout(): assert {*ROWS, 'own', 'own-xywh'} == {*LAYOUTS}
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -90,7 +97,7 @@ def test_ref_l4():
     assert (x.id, x.source, x.expression) == ('1', 'ref-l4', L4_ROW['caption'])
     assert np.allclose(x.truth, (567.008, 242.235, 658.414, 393.519), atol=.001)    # by hand
     assert x.meta['is_rewrite'] is True and x.meta['split'] == 'val' and x.meta['coco_id'] is None
-    refused(lambda: read_rows([L4_ROW | dict(is_rewrite='yes')], REF_L4, '.'), 'row 1: is_rewrite')
+    refused(lambda: read_rows([L4_ROW | dict(is_rewrite=float('nan'))], REF_L4, '.'), 'row 1: ')
     coco, = read_rows([L4_ROW | dict(file_name=f'{NAME}.jpg')], REF_L4, '.')
     assert coco.meta['coco_id'] == 581857
 
