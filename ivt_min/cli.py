@@ -1,9 +1,9 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
-import argparse, hashlib, json, os, runpy, sys, tempfile, warnings
+import argparse, json, os, runpy, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
-from .core import data_path, read_json, settings_hash, write_json
-from .datasets import LAYOUTS, missed, read_rows, scan
+from .core import data_path, read_json
+from .datasets import LAYOUTS, read_rows
 
 RULE = 'confident'  # the label-free one where no rows choose it
 RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
@@ -76,72 +76,11 @@ def said(
     lines.append(f'  final: {px(found.final)}; wrote {file}')
     return '\n'.join(lines)
 
-def claim(
-    folder,     # of the run, a Path
-    vlm,        # VLM
-    loop,       # Loop
-    data,       # split -> file
-):              # raises ValueError where the folder is another run's
-    "Write down what the answers in a folder depend on; of the weights a fingerprint."
-    from .train import fingerprint
-    vlm.model.requires_grad_(False)     # of what is learned it keeps the shape alone
-    sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            for split, path in data.items()}
-    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=fingerprint(vlm), data=sums)
-    config = folder/'config.json'
-    if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
-        raise ValueError(f'{config}: the run of other settings or rows; give another --out')
-    write_json(config, about)
-
-def kept_of(path):  # file of answers, a Path
-    "What is kept of an unfinished file, by id; a torn line is left out."
-    parts = path.parent.glob(f'{path.stem}.part*')
-    lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
-    rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
-    return {row['id']: row for row in rows}
-
-def ask_all(
-    ask,        # function of a list of samples -> their finished episodes
-    samples,    # list of core.Sample
-    path,       # JSONL file of their trajectories, a Path
-    steps,      # answers after the first
-    batch,      # samples at once
-):              # list of Trajectory
-    """The trajectories of all samples, batches dealt out to the processes of `torchrun`.
-
-    A batch is padded alike whoever answers it, so the file is the same however many there are.
-    Answers are kept as they come; stopped anywhere, it goes on."""
-    from transformers.utils import logging
-    from .core import append_jsonl, to_row, write_jsonl
-    from .evaluate import read_run
-    from .loop import record
-    from .train import ranks, total
-    if path.exists(): return read_run(path.parent, path.stem, samples)
-    rank, n_ranks = ranks()
-    known = kept_of(path)
-    _, reasons = scan(samples, skip=True)
-    for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
-    starts = range(0, len(samples), batch)[rank::n_ranks]
-    for k in logging.tqdm(starts, desc=path.stem):
-        part = samples[k:k + batch]
-        if all(x.id in known for x in part): continue
-        usable = [x for x in part if x.id not in reasons]
-        found = {e.sample.id: record(e) for e in ask(usable)}
-        for x in part:
-            one = found.get(x.id) or missed(x, reasons[x.id], steps + 1)
-            append_jsonl(path.with_suffix(f'.part{rank}-{os.getpid()}'), to_row(one))
-    total(0)    # all are here
-    if rank == 0:
-        known = kept_of(path)
-        write_jsonl(path, [known[x.id] for x in samples])
-        for part in path.parent.glob(f'{path.stem}.part*'): part.unlink()
-    total(0)    # and the file is there
-    return read_run(path.parent, path.stem, samples)
-
 def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import columns
     from .evaluate import table
+    from .lab import ask_all, claim
     from .model import load
     from .train import ranks
     from .verdict import free_cores, go_round, loop_of, remind
@@ -233,9 +172,8 @@ def build_parser():
     all_of.add_argument('--images', help='folder of the pictures; by default that of the rows')
     all_of.add_argument('--nf4', action='store_true', help='hold the language model in 4 bits')
     all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
-    again = made['reproduce']
-    again.add_argument('--only', help='name of one run')
-    again.add_argument('--list', action='store_true', help='say what it costs, and make nothing')
+    made['reproduce'].add_argument('--only', help='name of one run')
+    made['reproduce'].add_argument('--list', action='store_true', help='only say what it costs')
     for p in (one, all_of):
         p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
     return parser

@@ -116,8 +116,9 @@ def _of_refcocog(row):
     return {k: info[k] for k in ('file_name', 'width', 'height')}
 
 REFCOCOG = Layout('refcocog', 'captions', 'bbox', 'xyxy px', id='ref_id', adapt=_of_refcocog)
-LAYOUTS = {'own': OWN, 'own-xywh': replace(OWN, convention='xywh px'), 'ref-adv-s': REF_ADV_S, 'ref-l4': REF_L4, 'refcocog': REFCOCOG,
-           'refcocog-lmms': REFCOCOG_LMMS, 'vlm-r1': VLM_R1}
+LAYOUTS = {'own': OWN, 'own-xywh': replace(OWN, convention='xywh px'), 'ref-adv-s': REF_ADV_S,
+           'ref-l4': REF_L4, 'refcocog': REFCOCOG, 'refcocog-lmms': REFCOCOG_LMMS,
+           'vlm-r1': VLM_R1}
 
 # %% ../nbs/20_datasets.ipynb #da7a0013
 def _read(row, name, reader):

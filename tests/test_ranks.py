@@ -107,12 +107,12 @@ def test_the_page_about_scale_is_a_program(tmp_path):
         for _ in range(2):      # the second time nothing is asked or learned again
             done = start(2, "45_scale.py", cwd=tmp_path, IVT_SERVER=server.url)
             assert done.returncode == 0, done.stderr[-3000:]
-            assert done.stdout.count("kept in loop") == 1
+            assert done.stdout.count("| loop | oracle") == 1
         assert len(server.asked()) == 18
     assert len((tmp_path / "rec/paper/served/test.jsonl").read_text().splitlines()) == 6
     for name in ("sft", "grpo"):
         assert (tmp_path / "rec/paper" / name / "adapter_model.safetensors").exists()
-    answers = (tmp_path / "rec/loop/test.jsonl").read_text().splitlines()
+    answers = (tmp_path / "rec/paper/loop/test.jsonl").read_text().splitlines()
     assert len(answers) == 6 and all(len(json.loads(row)["boxes"]) == 3 for row in answers)
 
 
