@@ -200,8 +200,7 @@ def _prompts(samples, s, step):
     rank, n_ranks = ranks()
     epoch, k = divmod(step, len(samples) // s.prompts)
     order = rng('grpo', s.seed, epoch).permutation(len(samples))
-    which = order[k * s.prompts:(k + 1) * s.prompts]
-    return [samples[i] for i in which[rank::n_ranks]]
+    return [samples[i] for i in order[k * s.prompts + rank:(k + 1) * s.prompts:n_ranks]]
 
 # %% ../nbs/12_grpo.ipynb #39f24c53
 def _micro_batches(A, rows, s):

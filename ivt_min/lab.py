@@ -104,7 +104,8 @@ def ask_all(
     if path.exists(): return read_run(path.parent, path.stem, samples)
     rank, n_ranks = ranks()
     known = _kept(path)
-    _, reasons = scan(samples, skip=True)
+    usable, reasons = scan(samples, skip=True)
+    if not usable: scan(samples)    # which says what is wrong
     for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
     starts = range(0, len(samples), batch)[rank::n_ranks]
     for k in logging.tqdm(starts, desc=path.stem):

@@ -108,7 +108,7 @@ def train_sft(
     "Train an adapter; stopped anywhere, it goes on from its last checkpoint."
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
     rank, n_ranks = ranks()
-    for lesson in logging.tqdm(lessons[rank::n_ranks], desc='rows are tried', delay=5):
+    for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
     run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), lessons=told))

@@ -176,6 +176,27 @@ def test_a_folder_named_like_a_shipped_model_is_not_passed_over(place):
     assert done.returncode == 2 and "./grpo" in done.stderr
 
 
+def test_evaluate_reads_the_rows_of_a_real_set(place):
+    """As Ref-L4 writes them: corner and size, whole numbers as ids, pictures elsewhere."""
+    rows = [json.loads(x) for x in (place / "data/examples/rows.jsonl").read_text().splitlines()]
+    (place / "l4").mkdir()
+    for k, row in enumerate(rows):
+        x0, y0, x1, y1 = row["box"]
+        rows[k] = dict(id=k, file_name=row["image"], caption=row["expression"], width=128, height=128,
+                       bbox=[x0, y0, x1 - x0, y1 - y0], is_rewrite=False, split="val")
+    (place / "l4/ref-l4-val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = "evaluate tiny l4/ref-l4-val.jsonl --layout ref-l4 --steps 0 --out run-l4"
+    done = run(place, line + " --images data/examples")
+    own = run(place, "evaluate tiny data/examples/rows.jsonl --steps 0 --out run-own")
+    assert done.returncode == own.returncode == 0, done.stderr + own.stderr
+    boxes = [[json.loads(x)["boxes"] for x in (place / run_ / "test.jsonl").read_text().splitlines()]
+             for run_ in ("run-l4", "run-own")]
+    assert boxes[0] == boxes[1] and any(boxes[0])
+    assert run(place, line.replace("run-l4", "none")).returncode == 2    # no picture beside the rows
+    wrong = run(place, line.replace("ref-l4 ", "own ") + " --images data/examples")
+    assert wrong.returncode == 2 and "row 1" in wrong.stderr
+
+
 def test_evaluate_goes_on_where_it_was_stopped(place):
     rows = many_rows(place, 24)
     whole = run(place, "evaluate sft many.jsonl --out whole --batch 4")
