@@ -266,7 +266,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ivt_min.traces._size': ('traces.html#_size', 'ivt_min/traces.py'),
                                 'ivt_min.traces.check': ('traces.html#check', 'ivt_min/traces.py'),
                                 'ivt_min.traces.errors_of': ('traces.html#errors_of', 'ivt_min/traces.py'),
-                                'ivt_min.traces.fresh': ('traces.html#fresh', 'ivt_min/traces.py'),
                                 'ivt_min.traces.interpolate': ('traces.html#interpolate', 'ivt_min/traces.py'),
                                 'ivt_min.traces.scripted_teacher': ('traces.html#scripted_teacher', 'ivt_min/traces.py'),
                                 'ivt_min.traces.statements': ('traces.html#statements', 'ivt_min/traces.py'),

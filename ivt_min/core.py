@@ -183,6 +183,5 @@ def stored(
     settings,   # dataclass or dict
 ):              # False also where IVT_RERUN=1
     "Whether a file holds the result of these settings."
-    rerun = os.environ.get('IVT_RERUN', '0') not in ('', '0')
-    if rerun or not Path(path).exists(): return False
+    if os.environ.get('IVT_RERUN', '0') != '0' or not Path(path).exists(): return False
     return read_json(path).get('settings_hash') == settings_hash(settings)

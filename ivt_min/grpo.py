@@ -9,7 +9,7 @@ __all__ = ['REWARDS', 'reward', 'advantage', 'GRPO', 'normaliser', 'grpo_loss', 
 # %% ../nbs/12_grpo.ipynb #d51aef6e
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class GRPO:
     micro: int = 16         # trajectories a forward; changes the memory, not the result
     slice: int = 64         # trajectories that are sampled at once; nor does this
     checkpointing: bool = False     # whether layers are run again for gradients; nor does this
-    bf16: bool = False      # whether products in the update are in bf16; sampling is in fp32
+    bf16: bool = False      # whether products in the update are in bf16; not in sampling
     steps: int = 60         # rollouts, each with one update
     every: int = 20         # steps between checkpoints
     seed: int = 0           # of the order and of all sampling
@@ -225,7 +225,8 @@ def train_grpo(
 ):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     told = _fit(vlm, samples, s)
-    run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), samples=told))
+    lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
+    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), samples=told))
     for step in run:
         start = time.time()
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)

@@ -76,7 +76,7 @@ def claim(
     config = folder/'config.json'
     if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
-    write_json(config, about)
+    if ranks()[0] == 0: write_json(config, about)
 
 # %% ../nbs/lab/30_lab.ipynb #1d1ea393
 def _kept(path):
@@ -106,7 +106,8 @@ def ask_all(
     known = _kept(path)
     usable, reasons = scan(samples, skip=True)
     if not usable: scan(samples)    # which says what is wrong
-    for name, why in reasons.items(): print(f'counts as no box: {name}: {why}', file=sys.stderr)
+    for name in reasons: print('counts as no box:', name, reasons[name], file=sys.stderr)
+    mine = path.with_suffix(f'.part{rank}-{time.time_ns()}')    # new: others may end torn
     starts = range(0, len(samples), batch)[rank::n_ranks]
     for k in logging.tqdm(starts, desc=path.stem):
         part = samples[k:k + batch]
@@ -115,7 +116,7 @@ def ask_all(
         found = {e.sample.id: record(e) for e in ask(usable)}
         for x in part:
             one = found.get(x.id) or missed(x, reasons[x.id], steps + 1)
-            append_jsonl(path.with_suffix(f'.part{rank}-{os.getpid()}'), to_row(one))
+            append_jsonl(mine, to_row(one))
     total(0)    # all processes are here
     if rank == 0: _finish(path, samples)
     total(0)    # and the file is there

@@ -110,8 +110,7 @@ def rollout(
     asked = list(zip(samples, keys or [(s.id,) for s in samples]))
     order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
     done = {}
-    answers = len(samples) * (loop.steps + 1)
-    bar = logging.tqdm(total=answers, disable=not progress, delay=5)    # s until it is shown
+    bar = logging.tqdm(total=len(samples) * (loop.steps + 1), disable=not progress, delay=5)
     for start in range(0, len(samples), batch):
         part = order[start:start + batch]
         episodes = [_start(*asked[k]) for k in part]
@@ -123,7 +122,6 @@ def rollout(
             episodes = [_heard(e, turn) for e, turn in zip(episodes, turns)]
             bar.update(len(part))
         done.update(zip(part, episodes))
-    bar.close()
     return [done[k] for k in range(len(samples))]
 
 # %% ../nbs/06_loop.ipynb #95a29a2b

@@ -127,7 +127,7 @@ def _ready(vlm, source, min_pixels, max_pixels):
 def load(
     name=None,      # as for `find_model`; by default the embedded tiny model
     device=None,    # 'cpu', 'cuda', ...; by default a GPU if there is one
-    nf4=False,      # 4-bit weights in the language model
+    nf4=None,       # 4-bit weights in the language model; by default as it was taught
     dtype=None,     # of the other weights: 'float32' (by default on a CPU) or 'bfloat16'
     attention=None,     # one of transformers' kinds, 'flash_attention_2' ...; by default 'sdpa'
     min_pixels=None,    # smaller pictures are scaled up to it, px; by default as it was taught
@@ -142,6 +142,7 @@ def load(
     least, most = about.get('pixels', (None, None))
     pixels = min_pixels or least, max_pixels or most
     prompt = prompt or about.get('prompt')
+    if nf4 is None: nf4 = about.get('nf4')
     if adapter.exists():
         below = about.get('base') or read_json(adapter)['base_model_name_or_path']
         base = load(below, device, nf4, dtype, attention, *pixels, prompt)

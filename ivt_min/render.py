@@ -239,9 +239,7 @@ def curve(
     bands=None,     # dict of name -> (lows, highs), one a value: a shade around that line
 ):                  # Chart; about 384 x 240 px; right of that the names of two lines or more
     "Named lines over a common x; one of up to 12 values has a dot a value."
-    try: from matplotlib import figure, style
-    except ImportError:
-        raise ImportError("a chart needs matplotlib: pip install -e '.[dev]'") from None
+    from matplotlib import figure, style    # of the extra dev
     file = io.StringIO()
     with style.context(_STYLE):
         axes = figure.Figure((4, 2.5)).add_subplot(

@@ -7,7 +7,7 @@ __all__ = ['SFT', 'make_row', 'sft_loss', 'train_sft']
 
 # %% ../nbs/11_sft.ipynb #f9980297
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 import torch
 from transformers.utils import logging
 from .core import rng
@@ -107,11 +107,13 @@ def train_sft(
 ):              # list of dicts, the log, one an update; raises ValueError after 3 bad ones
     "Train an adapter; stopped anywhere, it goes on from its last checkpoint."
     if s.nf4 != getattr(vlm.model, 'is_loaded_in_4bit', False): raise ValueError('nf4 differs')
+    if vlm.opens or not lessons: raise ValueError('no lessons, or a model that thinks aloud')
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
     told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
-    run = Run(params, s, folder, dict(s=asdict(s), base=fingerprint(vlm), lessons=told))
+    lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
+    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), lessons=told))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
         order = rng('sft', s.seed, epoch).permutation(len(lessons)).tolist()

@@ -174,5 +174,7 @@ def served_policy(
                     seed=seed, messages=messages)
     def policy(episodes, memory=None):
         replies = ask(request, episodes)
-        return [Turn((), (), r['text'] or '', r.get('confidence')) for r in replies], None
+        left = [e.sample.id for e, r in zip(episodes, replies) if r['text'] is None]
+        if left: raise OSError(f'no answer to {left}: ask again, what was answered is kept')
+        return [Turn((), (), r['text'], r['confidence']) for r in replies], None
     return policy

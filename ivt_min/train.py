@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint'
            'optimiser', 'pack', 'unpack', 'ranks', 'total', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
-import atexit, copy, hashlib, math, os, shutil
+import copy, hashlib, math, os, shutil
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -158,10 +158,10 @@ def ranks():    # number of this process; how many there are
     "The processes that `torchrun` started; the first call joins them. Without it there is one."
     n = int(os.environ.get('WORLD_SIZE', 1))
     if n > 1 and not dist.is_initialized():
-        gpu = torch.cuda.is_available()
-        if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(days=1))
-        atexit.register(dist.destroy_process_group)
+        local = int(os.environ['LOCAL_RANK'])
+        if local < torch.cuda.device_count(): torch.cuda.set_device(local)
+        ways = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+        dist.init_process_group(ways, timeout=timedelta(days=1))
     return int(os.environ.get('RANK', 0)), n
 
 # %% ../nbs/10_train.ipynb #f4abf61c
@@ -169,13 +169,12 @@ def _add_up(x):
     "Add a tensor up over all processes, in place."
     if ranks()[1] == 1: return
     try: dist.all_reduce(x)
-    except RuntimeError: raise ConnectionError(
-        'another process has ended: start all of them again, and the run goes on') from None
+    except RuntimeError as e: raise ConnectionError(
+        'another process has ended: start all of them again, and the run goes on') from e
 
 def total(values):  # a number, or numbers in an array or list
     "The sum over all processes, as a number or lists; OSError where one of them is gone."
-    device = 'cuda' if dist.is_initialized() and torch.cuda.is_available() else 'cpu'
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float64)
     _add_up(sums)
     return sums.tolist()
 
@@ -183,9 +182,11 @@ def total(values):  # a number, or numbers in an array or list
 def _resume(params, s, folder, digest):
     "Step, optimiser and log where a run goes on; the parameters are put there, too."
     start, tensors, state = last_checkpoint(folder, digest)
+    rank, n_ranks = ranks()
+    if total(start) != n_ranks * start: raise ValueError(f'{folder}: other processes see another')
     opt = optimiser(params, s)
     unpack(params, opt, tensors)
-    if ranks()[0] == 0: write_jsonl(folder/'log.jsonl', state.get('log', []))
+    if rank == 0: write_jsonl(folder/'log.jsonl', state.get('log', []))
     return start, opt, state.get('log', [])
 
 def _update(params, opt, clip, loss):

@@ -12,7 +12,7 @@ from ivt_min.model import load
 from ivt_min.scenes import split
 from ivt_min.sft import SFT, train_sft
 from ivt_min.traces import scripted_teacher, write_traces
-from ivt_min.train import add_lora, copy_adapter, ranks
+from ivt_min.train import add_lora, copy_adapter, ranks, total
 
 torch.set_num_threads(1)
 BRIEF = SFT(rank=4, alpha=4, first=True, batch=4, micro=2, steps=4, every=1, warmup=1)
@@ -34,6 +34,9 @@ def doubled(vlm):
 
 
 def job(what, folder, die_at=None):
+    if what == "leave":     # the second process leaves without a word
+        if ranks()[0] == 1: os._exit(0)
+        total(0)
     vlm = load(device="cpu")
     params = add_lora(vlm, "sft", BRIEF)
     doubled(vlm)
@@ -49,6 +52,9 @@ def job(what, folder, die_at=None):
         new = copy_adapter(vlm)
         doubled(vlm)
         train_grpo(vlm, new, split("train", 4), STEP, folder)
+    if what == "apart":     # each writes into a folder of its own, as on nodes that share none
+        train_sft(vlm, params, lessons(), BRIEF, folder / str(ranks()[0]))
+    if what == "micro": train_sft(vlm, params, lessons(), replace(BRIEF, micro=1, checkpointing=True), folder)
     if what == "three": train_grpo(vlm, params, split("train", 4), replace(STEP, prompts=3), folder)
 
 

@@ -70,6 +70,30 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
     assert log == other and all(torch.equal(x[k], y[k]) for k in x)
 
 
+def test_who_stays_is_told_who_left(tmp_path):
+    done = start(2, *JOB, "leave", tmp_path)
+    assert done.returncode != 0
+    assert "rank_job: another process has ended: start all of them again" in done.stderr
+
+
+def test_processes_go_on_from_one_step(tmp_path):
+    """A folder that only one of them sees: nothing is learned from a mixture."""
+    assert start(1, *JOB, "sft", tmp_path / "0").returncode == 0
+    shutil.rmtree(sorted((tmp_path / "0").glob("[0-9]*"))[-1])
+    done = start(2, *JOB, "apart", tmp_path)
+    assert done.returncode != 0 and "other processes see another" in done.stderr
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path):
+    """Micro-batches and checkpointing are no other run: the next start may take smaller ones."""
+    assert start(1, *JOB, "sft", tmp_path / "run").returncode == 0
+    whole = last(tmp_path / "run")
+    shutil.rmtree(sorted((tmp_path / "run").glob("[0-9]*"))[-1])
+    done = start(1, *JOB, "micro", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    close(whole, last(tmp_path / "run"))
+
+
 def test_prompts_that_do_not_divide_are_refused(tmp_path):
     done = start(2, *JOB, "three", tmp_path / "run")
     assert done.returncode != 0 and "3 prompts a step, 4 samples, 2 processes" in done.stderr
@@ -109,7 +133,7 @@ def test_the_page_about_scale_is_a_program(tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count("| loop | oracle") == 1
         assert len(server.asked()) == 18
-    assert len((tmp_path / "rec/paper/served/test.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "rec/paper").glob("served-*/test.jsonl").__next__().read_text().splitlines()) == 6
     for name in ("sft", "grpo"):
         assert (tmp_path / "rec/paper" / name / "adapter_model.safetensors").exists()
     answers = (tmp_path / "rec/paper/loop/test.jsonl").read_text().splitlines()

@@ -24,6 +24,7 @@ from ivt_min.scenes import split
 from ivt_min.model import OFFICIAL, load
 from ivt_min.answer import Turn
 from ivt_min.loop import Loop, model_policy, picture, record, rollout
+from ivt_min.lab import ask_all
 from ivt_min.teachers import _confidence, served, served_policy, user_message
 
 torch.set_num_threads(1)
@@ -200,13 +201,13 @@ def test_trouble_changes_nothing(tmp_path, vlm, samples, local):
     assert {r["what"] for r in asked} == {*BAD, "answer"} and len(asked) >= 36 + 36
 
 
-def test_what_never_comes_is_an_empty_turn_and_is_asked_again(tmp_path, vlm, samples):
+def test_what_never_comes_ends_the_loop_and_is_asked_again(tmp_path, vlm, samples):
     loop, cache = replace(TURN, steps=1), tmp_path / "c.jsonl"
     with Server(tmp_path, tiny=True, trouble=["503"] * 2, each=True) as server:
         with pytest.warns(UserWarning, match="2 of 2 without an answer: status 503"):
-            far = served_rollout(server, vlm, samples[:2], cache, loop, tries=1)
-        assert [e.turns[0] for e in far] == [Turn((), (), "")] * 2
-        assert [record(e).notes for e in far] == [["no box"] * 2] * 2 and not cache.exists()
+            with pytest.raises(OSError, match="no answer to .*'val-0000'"):
+                served_rollout(server, vlm, samples[:2], cache, loop, tries=1)
+        assert not cache.exists()
         far = served_rollout(server, vlm, samples[:2], cache, loop, tries=2)
         assert all(all(e.boxes) for e in far)
 
@@ -333,3 +334,17 @@ def test_a_bound_holds_under_trouble(tmp_path):
     with Server(tmp_path, trouble=["cut", "500", "bad json"], each=True, wait=.02) as server:
         texts = teacher_of(server, tmp_path / "c.jsonl", workers=3, timeout=5)(looks_of(20))
         assert None not in texts and max(r["now"] for r in server.asked()) == 3
+
+
+def test_an_evaluation_is_not_baked_with_an_outage(tmp_path, vlm, samples):
+    """A server that is down ends the run; asked again, only what is missing is asked."""
+    some, cache, path = samples[:3], tmp_path / "c.jsonl", tmp_path / "run/test.jsonl"
+    def policy(url): return served_policy(served(url, "tiny", cache, timeout=5, tries=1), TURN, vlm.prompt)
+    def ask_of(url): return lambda part: rollout(policy(url), part, TURN, progress=False)
+    with pytest.raises(OSError, match="no answer to"):
+        ask_all(ask_of("http://127.0.0.1:9/v1/chat/completions"), some, path, TURN.steps, 2)
+    assert not path.exists()
+    with Server(tmp_path, tiny=True) as server:
+        done = ask_all(ask_of(server.url), some, path, TURN.steps, 2)
+        assert len(server.asked()) == 9
+    assert all(len(t.boxes) == 3 and any(t.boxes) for t in done)

@@ -20,7 +20,8 @@ from chat_server import NONSENSE, answer_to
 from ivt_min.core import Sample, Trajectory, data_path, read_jsonl
 from ivt_min.boxes import iou
 from ivt_min.render import draw_box
-from ivt_min.traces import (Look, STAY, check, fresh, interpolate, errors_of, scripted_teacher,
+from ivt_min.scenes import draw_sample
+from ivt_min.traces import (Look, STAY, check, interpolate, errors_of, scripted_teacher,
                             statements, write_traces)
 from ivt_min.teachers import PROMPT, prompted_teacher, served, served_teacher, words_for
 
@@ -74,7 +75,7 @@ def test_errors_are_kept_and_nothing_else():
 def test_fresh_scenes_are_those_that_were_asked():
     rows = [r for r in read_jsonl(data_path("runs/traces.jsonl.gz")) if r["id"].startswith("harvest")]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        sample = fresh(int(row["id"][8:]))
+        sample = draw_sample(row["id"], int(row["id"][8:]), "harvest")
         assert (sample.id, sample.source) == (row["id"], row["source"])
         assert list(sample.truth) == row["targets"][-1]
 
