@@ -147,7 +147,7 @@ def load(
         below = about.get('base') or read_json(adapter)['base_model_name_or_path']
         base = load(below, device, nf4, dtype, attention, *pixels, prompt)
         merge(base)     # an adapter of its own, if it has one
-        return _with_adapter(base, folder, about, Path(source).name)
+        return _with_adapter(base, folder, about, Path(source).resolve().name)
     where = _device(device)
     with _no_bars():
         model = AutoModelForImageTextToText.from_pretrained(
@@ -387,7 +387,8 @@ def _from_hub(name):
     "The folder of a model or adapter of the hub, fetched unless it is there; OSError in one line."
     wanted = '*.json', '*.jinja', '*.txt', '*.safetensors'  # nothing that could run
     try: return Path(snapshot_download(name, allow_patterns=wanted))
-    except RepositoryNotFoundError: raise FileNotFoundError(f'no model {name} on the hub') from None
+    except RepositoryNotFoundError: raise FileNotFoundError(
+        f'no model {name} on the hub, or not for everybody') from None
     except Exception as e:  # no network, or none wanted
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise OSError(f'{name}: the hub is out of reach, and the model is not in the cache '

@@ -215,8 +215,8 @@ class Run:
         self.start, self.opt, self.log = _resume(params, s, self.folder, self.digest)
 
     def __iter__(self):
-        left = range(self.start, self.s.steps)
-        for self.step in logging.tqdm(left, initial=self.start, total=self.s.steps):
+        for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
+                                      total=self.s.steps):
             yield self.step
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
