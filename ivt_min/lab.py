@@ -72,7 +72,8 @@ def claim(
     vlm.model.requires_grad_(False)     # of what is learned it keeps the shape alone
     sums = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest()
             for split, path in data.items()}
-    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=fingerprint(vlm), data=sums)
+    about = dict(model=vlm.name, prompt=vlm.prompt, pixels=vlm.processor.size, loop=loop,
+                 weights=fingerprint(vlm), data=sums)
     config = folder/'config.json'
     if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
@@ -106,7 +107,7 @@ def ask_all(
     known = _kept(path)
     usable, reasons = scan(samples, skip=True)
     if not usable: scan(samples)    # which says what is wrong
-    for name in reasons: print('counts as no box:', name, reasons[name], file=sys.stderr)
+    for name in reasons: print(f'counts as no box: {name}: {reasons[name]}', file=sys.stderr)
     mine = path.with_suffix(f'.part{rank}-{time.time_ns()}')    # new: others may end torn
     starts = range(0, len(samples), batch)[rank::n_ranks]
     for k in logging.tqdm(starts, desc=path.stem):

@@ -169,8 +169,8 @@ def _add_up(x):
     "Add a tensor up over all processes, in place."
     if ranks()[1] == 1: return
     try: dist.all_reduce(x)
-    except RuntimeError as e: raise ConnectionError(
-        'another process has ended: start all of them again, and the run goes on') from e
+    except RuntimeError: raise ConnectionError(
+        'another process has ended: start all of them again, and the run goes on')
 
 def total(values):  # a number, or numbers in an array or list
     "The sum over all processes, as a number or lists; OSError where one of them is gone."
