@@ -80,10 +80,10 @@ def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import columns
     from .evaluate import table
-    from .lab import ask_all, claim
+    from .lab import keep_answers
     from .model import load
     from .train import ranks
-    from .verdict import free_cores, go_round, loop_of, remind
+    from .verdict import free_cores, loop_of, remind
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
     samples = {split: read_rows(path, LAYOUTS[args.layout], args.images)
@@ -95,11 +95,7 @@ def evaluate(args):     # of the command line
     with free_cores():
         vlm = load(args.model, args.device, args.nf4 or None)
         remind(vlm)
-        loop = loop_of(vlm, args.steps)
-        claim(folder, vlm, loop, data)
-        def ask(part): return go_round(vlm, part, loop, args.batch)
-        done = {split: ask_all(ask, samples[split], folder/f'{split}.jsonl', loop.steps, args.batch)
-                for split in data}
+        done = keep_answers(folder, vlm, loop_of(vlm, args.steps), samples, args.batch)
     if rank: return     # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
     rule = next(row['rule'] for row in rows if 'rule' in row)

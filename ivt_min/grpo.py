@@ -19,7 +19,7 @@ from .boxes import iou
 from .model import question, use_adapter
 from .answer import score
 from .loop import Loop, Transcript, model_policy, rollout, transcript
-from .train import Run, fingerprint, ranks, total
+from .train import Run, fingerprint, ranks, samples_hash, total
 
 # %% ../nbs/12_grpo.ipynb #a512873a
 def _final(ious): return ious[-1]
@@ -188,12 +188,11 @@ def rollout_stats(
 
 # %% ../nbs/12_grpo.ipynb #f5938990
 def _fit(vlm, samples, s):
-    "What the log of a run says of its samples; ValueError where a step could not be made of them."
+    "Raise ValueError where a step could not be made of these samples."
     rank, n_ranks = ranks()
     if len(samples) < s.prompts or s.prompts % n_ranks:
         raise ValueError(f'{s.prompts} prompts a step, {len(samples)} samples, {n_ranks} processes')
     for x in samples[rank::n_ranks]: question(vlm, x)
-    return [(x.id, x.expression, x.truth) for x in samples]
 
 def _prompts(samples, s, step):
     "This process's samples of a step: every epoch takes them in another order."
@@ -224,9 +223,10 @@ def train_grpo(
     ref='sft',      # the one that holds the leash
 ):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
-    told = _fit(vlm, samples, s)
+    _fit(vlm, samples, s)
     lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), samples=told))
+    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm),
+                                      samples=samples_hash(samples)))
     for step in run:
         start = time.time()
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)
