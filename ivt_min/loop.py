@@ -156,6 +156,7 @@ def _words_after(loop, episode):
     if iou(box, box): return prompt
     return loop.missing + prompt    # nothing is drawn without an area
 
+# %% ../nbs/06_loop.ipynb #86142817
 def go_on(
     vlm,        # VLM
     loop,       # Loop
