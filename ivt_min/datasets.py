@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from .boxes import parse_box, to_permille, to_pixels
 from .core import (Sample, Trajectory, from_row, read_json, read_jsonl, replace_file,
-                          write_json, write_jsonl)
+                          unique, write_json, write_jsonl)
 from .evaluate import check_answers
 from .render import open_image
 
@@ -197,10 +197,11 @@ def read_rows(
 
 # %% ../nbs/20_datasets.ipynb #da7a0029
 def scan(
-    samples,    # list of Sample
+    samples,    # list of Sample; ValueError where an id is twice
     skip=False, # whether those that are unusable are left out; else they are a ValueError
 ):              # list of the usable Samples; a dict, id of another -> reason
     "The samples whose pictures open, in the size of their row."
+    unique(x.id for x in samples)
     sizes, reasons = {}, {}
     for x in samples:
         key = id(x.image) if isinstance(x.image, Image.Image) else x.image  # a path, or bytes

@@ -47,6 +47,10 @@ class Views(Loop):
     prompt: str = 'See the red box: {expression}'   # asks for the verdict
     verdict: tuple = (' yes', ' no')    # the words for right and wrong, each one token
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps >= len(_WAYS): raise ValueError(f'steps: {self.steps}, over 7')
+
 # %% ../nbs/13_verdict.ipynb #dcc0e805
 def _as_seen(turn, size, by):
     "A turn about a picture that was moved by some px, as if it were about the picture itself."
@@ -257,9 +261,7 @@ def refine(
 )->Refinement:      # a list of them for a list; raises ValueError or TypeError before any work
     "Find what the words mean, look at the answer, and find it better."
     samples = check_pictures(image, expression)
-    if steps is not None:
-        if type(steps) is not int: raise TypeError(f'steps: {steps!r}, no int')
-        if steps < 0: raise ValueError(f'steps: {steps} is below 0')
+    if steps is not None: Loop(steps)   # which refuses what is no number of steps
     with free_cores():
         vlm = model if isinstance(model, VLM) else _loaded(model, device)
         loop = loop_of(vlm, steps, loop)
