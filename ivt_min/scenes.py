@@ -52,7 +52,7 @@ def _heart(t):
 # %% ../nbs/03_scenes.ipynb #2d85653d
 def _points(text):
     "Corners (x, y) as an SVG lists them, (n, 2)."
-    return np.array([corner.split(',') for corner in text.split()], float)
+    return np.loadtxt(text.split(), delimiter=',')
 
 _DISC = _ngon(28)
 _CORNERS = dict(
@@ -110,15 +110,13 @@ def _ground(rng, on=SQUARE):
     across, down = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
     base = rng.uniform(135, 205) + rng.uniform(-14, 14, 3)
     style = rng.integers(4)
-    pixels = np.full((height, width, 3), base)
-    if style == 1:
-        pixels += (down * rng.uniform(-20, 20) + across * rng.uniform(-20, 20))[..., None]
-    if style == 2:
-        pixels += rng.normal(0, 9, (height // 4, width // 4, 1)).repeat(4, 0).repeat(4, 1)
+    shade = np.zeros((height, width))
+    if style == 1: shade += down * rng.uniform(-20, 20) + across * rng.uniform(-20, 20)
+    if style == 2: shade += rng.normal(0, 9, (height // 4, width // 4)).repeat(4, 0).repeat(4, 1)
     if style == 3:
         turns = rng.uniform(8, 30)
-        pixels += (np.sin((across if rng.random() < .5 else down) * turns) * 8)[..., None]
-    return pixels.clip(0, 255).astype(np.uint8)
+        shade += np.sin((across if rng.random() < .5 else down) * turns) * 8
+    return (base + shade[..., None]).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_scenes.ipynb #c7d74d1b
 _ROW, _COL = np.mgrid[:192, :192]     # of the largest picture
@@ -183,9 +181,8 @@ def _overlap(a, b):
 # %% ../nbs/03_scenes.ipynb #4b5eb9b6
 def _place(kind, color, pattern, size, things, rng, on=SQUARE):
     "A new thing where there is room for it; None if 12 tries find none."
-    low, high = RADII[size]
     for _ in range(12):
-        radius = rng.uniform(low, high)
+        radius = rng.uniform(*RADII[size])
         stretch = rng.uniform(-.12, .12)
         w = radius * (1 + stretch)
         h = radius * (1 - stretch)
@@ -206,8 +203,7 @@ def arrange(
     on=SQUARE,    # width and height of the picture, px
 ):              # list of Things, back to front, not painted yet
     "Choose and place the things of a scene."
-    low, high = N_THINGS[dialect]
-    n = rng.integers(low, high + 1)
+    n = rng.integers(*N_THINGS[dialect], endpoint=True)
     kinds = rng.permutation(KINDS)[:3].tolist() if dialect == 'l4' else COMMON
     rival = _pick(rng, kinds)
     rivals = rng.integers(2, 4) if dialect == 'adv' else 0  # so many are of one kind
@@ -218,8 +214,9 @@ def arrange(
         color = _pick(rng, COLORS)
         pattern = PATTERNS[rng.choice(3, p=PATTERN_ODDS)]
         thing = _place(kind, color, pattern, size, things, rng, on)
-        if thing is not None: things.append(thing)
-    return [things[i] for i in rng.permutation(len(things))]
+        if thing: things.append(thing)
+    rng.shuffle(things)
+    return things
 
 # %% ../nbs/03_scenes.ipynb #6daeeebc
 def _sure(distance, margin=MARGIN):
@@ -256,9 +253,9 @@ def describe(
 
 # %% ../nbs/03_scenes.ipynb #d5f92158
 def _has(thing, parts=_PARTS):
-    "The test that a description makes of other things."
-    said = [part for part in parts if getattr(thing, part) not in _UNSAID]
-    return lambda other: all(getattr(other, part) == getattr(thing, part) for part in said)
+    "The test whether all words of a description are true of another thing."
+    words = set(describe(thing, parts).split())
+    return lambda o: words <= {o.size, o.pattern, o.color, o.kind, 'object'}
 
 def name_of(
     thing,      # a Thing
@@ -285,17 +282,14 @@ def _middle(o):
     return _sure(.17 * SIDE - off, .05)
 
 # %% ../nbs/03_scenes.ipynb #4edbcef5
-_LEFT, _RIGHT, _TOP, _BOTTOM = map(_toward, DIRECTIONS)
-PLACES = {
-    'on the left': [_LEFT],
-    'on the right': [_RIGHT],
-    'at the top': [_TOP],
-    'at the bottom': [_BOTTOM],
-    'in the top left corner': [_TOP, _LEFT],
-    'in the top right corner': [_TOP, _RIGHT],
-    'in the bottom left corner': [_BOTTOM, _LEFT],
-    'in the bottom right corner': [_BOTTOM, _RIGHT],
-    'in the middle': [_middle]}
+def _tests_of(place):
+    "The tests of a place: whether a thing lies on each side that is named, or in the middle."
+    return [_toward(side) for side in DIRECTIONS if side in place] or [_middle]
+
+PLACES = {place: _tests_of(place) for place in (
+    'on the left', 'on the right', 'at the top', 'at the bottom',
+    'in the top left corner', 'in the top right corner',
+    'in the bottom left corner', 'in the bottom right corner', 'in the middle')}
 RELATIONS = dict(zip(('left of', 'right of', 'above', 'below'), DIRECTIONS.values()))
 
 # %% ../nbs/03_scenes.ipynb #94277479
@@ -377,7 +371,7 @@ def _ask_l4(thing, things, rng):
     style = rng.integers(5)
     side = _pick(rng, DIRECTIONS)
     name = describe(thing, parts)
-    group = [o for o in things if _has(thing, parts)(o)]
+    group = list(filter(_has(thing, parts), things))
     axis, sign = DIRECTIONS[side]
     def along(o): return -sign * o.center[axis]
     if style == 0:
@@ -426,8 +420,7 @@ def draw_sample(
 ):        # Sample
     "A scene, a question; meta: boxes of all things (permille), target (index), size, area, seen."
     dialect = DIALECTS[i % 3]
-    image, things, asked = draw_scene(dialect, rng(*keys, i), on=on)
-    text, target = asked[0]
+    image, things, [(text, target)] = draw_scene(dialect, rng(*keys, i), on=on)
     thing = things[target]
     boxes = [to_permille(t.box, *on) for t in things]
     share = thing.area / math.prod(on)
@@ -443,8 +436,8 @@ def split(
 ):              # list of Samples; ValueError on an unknown name
     "The samples of a split of the benchmark."
     if name not in SIZES: raise ValueError(f'no split {name!r}: choose from {", ".join(SIZES)}')
-    def on(i): return SHAPES[i // 3 % len(SHAPES)] if name == 'shapes' else SQUARE
-    return [draw_sample(f'{name}-{i:04d}', i, 'scene', name, on=on(i))
+    sizes = SHAPES if name == 'shapes' else [SQUARE]
+    return [draw_sample(f'{name}-{i:04d}', i, 'scene', name, on=sizes[i // 3 % len(sizes)])
             for i in range(SIZES[name])[:n]]
 
 # %% ../nbs/03_scenes.ipynb #bc7bc553

@@ -9,6 +9,7 @@ __all__ = ['PROMPT', 'words_for', 'prompted_teacher', 'user_message', 'served', 
 import base64, hashlib, json, os, re, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import HTTPError, Request, urlopen
@@ -61,7 +62,7 @@ def _confidence(told):
     if not told: return None
     from ivt_min.answer import box_confidence
     tokens = [t['token'] for t in told]
-    edges = [len(''.join(tokens[:k])) for k in range(len(tokens) + 1)]
+    edges = [0, *accumulate(map(len, tokens))]
     return box_confidence(''.join(tokens), edges, [t['logprob'] for t in told])
 
 # %% ../nbs/22_teachers.ipynb #40e1cdb6
