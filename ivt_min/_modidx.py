@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ivt_min.datasets': { 'ivt_min.datasets.Layout': ('datasets.html#layout', 'ivt_min/datasets.py'),
                                   'ivt_min.datasets._answered': ('datasets.html#_answered', 'ivt_min/datasets.py'),
                                   'ivt_min.datasets._at': ('datasets.html#_at', 'ivt_min/datasets.py'),
+                                  'ivt_min.datasets._box_of': ('datasets.html#_box_of', 'ivt_min/datasets.py'),
                                   'ivt_min.datasets._image': ('datasets.html#_image', 'ivt_min/datasets.py'),
                                   'ivt_min.datasets._in_px': ('datasets.html#_in_px', 'ivt_min/datasets.py'),
                                   'ivt_min.datasets._must': ('datasets.html#_must', 'ivt_min/datasets.py'),

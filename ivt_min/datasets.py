@@ -9,7 +9,7 @@ __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
 from .boxes import parse_box, to_permille, to_pixels
@@ -71,8 +71,7 @@ def true_box(
     x0, y0, x1, y1 = box
     left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
     given = (x0, y0, x1 + left, y1 + top)
-    sides = (width, height) * 2
-    inside = tuple(min(max(v, 0), side) for v, side in zip(given, sides))
+    inside = tuple(min(max(v, 0), side) for v, side in zip(given, (width, height) * 2))
     rim = max(abs(a - b) for a, b in zip(inside, given))
     side = min(inside[2] - inside[0], inside[3] - inside[1])
     here = f'as {convention} in a picture of {width} x {height}'
@@ -111,8 +110,7 @@ VLM_R1 = Layout('vlm-r1', 'normal_caption', 'solution', 'xyxy px', 'image')
 # %% ../nbs/20_datasets.ipynb #da7a000f
 def _of_refcocog(row):
     "Name and size of the picture; the row's own `file_name` is no file."
-    info = _read(row, 'raw_image_info', json.loads)
-    return {k: info[k] for k in ('file_name', 'width', 'height')}
+    return _read(row, 'raw_image_info', json.loads)
 
 REFCOCOG = Layout('refcocog', 'captions', 'bbox', 'xyxy px', id='ref_id', adapt=_of_refcocog)
 LAYOUTS = {'own': OWN, 'own-xywh': replace(OWN, convention='xywh px'), 'ref-adv-s': REF_ADV_S,
@@ -279,6 +277,14 @@ def export_coco(
     write_json(path, rows)
 
 # %% ../nbs/20_datasets.ipynb #da7a003e
+def _box_of(answer, mode, size):
+    "The box that is read from a text; four numbers must be one as they stand, else ValueError."
+    if type(answer) is not list: return parse_box(answer, mode, size).box
+    p = parse_box(json.dumps(answer), mode, size)
+    fine = p.box and not p.repairs and [*p.raw] == answer
+    _must(fine, f'{answer} is no box within the picture, as {mode}')
+    return p.box
+
 def _answered(row, x, mode):
     "A row of answers to a sample as a trajectory; a box, a text or null a step."
     name = 'boxes' if 'boxes' in row else 'texts'
@@ -287,16 +293,10 @@ def _answered(row, x, mode):
         answers = row[name]
         plain = type(answers) is list and {*map(type, answers)} <= {kind, type(None)}
         _must(plain and answers, 'not one a step')
-        texts = [v if kind is str else json.dumps(v) for v in answers]
-        size = x.meta['width'], x.meta['height']
-        found = [parse_box(text, mode, size) for text in texts]
-        for v, p in zip(answers, found):
-            fine = type(v) is not list or p.box and not p.repairs and [*p.raw] == v
-            _must(fine, f'{v} is no box within the picture, as {mode}')
-    kept = texts if (name, mode) == ('texts', 'rel1000') else []    # others read as permille
+        boxes = [_box_of(v, mode, (x.meta['width'], x.meta['height'])) for v in answers]
+    kept = answers if (name, mode) == ('texts', 'rel1000') else []  # others read as permille
     return from_row(dict(id=x.id, source=x.source, expression=x.expression, truth=x.truth,
-                         boxes=[p.box for p in found], texts=kept,
-                         confidences=row.get('confidences') or []))
+                         boxes=boxes, texts=kept, confidences=row.get('confidences') or []))
 
 # %% ../nbs/20_datasets.ipynb #da7a0040
 def import_predictions(

@@ -6,7 +6,7 @@
 __all__ = ['ImageError', 'open_image', 'draw_box', 'format_of', 'Picture', 'show', 'stack', 'filmstrip', 'Chart', 'curve']
 
 # %% ../nbs/02_render.ipynb #49e06528
-import io, math, re, textwrap
+import io, math, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -24,7 +24,7 @@ def _decode(source):
     "A picture that is no PIL image yet as one, the way it is stored."
     if isinstance(source, np.ndarray): return _of_array(source)
     if isinstance(source, bytes): return Image.open(io.BytesIO(source), formats=_FORMATS)
-    if re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
+    if '://' in str(source): raise ValueError('a URL; no network here')
     return Image.open(source, formats=_FORMATS)
 
 # %% ../nbs/02_render.ipynb #6dc72c97
@@ -80,11 +80,9 @@ def draw_box(
     x1 = max(round(right), x0 + 1)
     y1 = max(round(bottom), y0 + 1)
     part = out.crop((x0, y0, x1, y1))
-    veil = Image.new('RGB', part.size, fill)
-    out.paste(Image.blend(part, veil, alpha), (x0, y0))
+    out.paste(Image.blend(part, Image.new('RGB', part.size, fill), alpha), (x0, y0))
     if width is None: width = max(1, round(min(out.size) / 64))
-    line = ImageDraw.Draw(out)
-    line.rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
+    ImageDraw.Draw(out).rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
     return out
 
 # %% ../nbs/02_render.ipynb #8715deaf
@@ -132,8 +130,7 @@ def _words(text, width, most=None):
     "A text as a picture `width` px wide; lines after the first `most` are left out."
     lines = _wrap(text or '', width, most)
     out = Image.new('RGB', (width, _LINE * len(lines)), 'white')
-    draw = ImageDraw.Draw(out)
-    draw.multiline_text((0, 0), '\n'.join(lines), 'black', _FONT, spacing=3)
+    ImageDraw.Draw(out).multiline_text((0, 0), '\n'.join(lines), 'black', _FONT, spacing=3)
     return out
 
 # %% ../nbs/02_render.ipynb #a1c0de09

@@ -23,7 +23,7 @@ SHAPES = [  # width, height, px: all that are not square, up to 2 : 1
 
 # %% ../nbs/03_scenes.ipynb #133093ee
 DIALECTS = ('g', 'adv', 'l4')
-COLORS = dict(
+COLORS = {name: ImageColor.getrgb(code) for name, code in dict(
     red='#d72d2d',
     orange='#f08c19',
     yellow='#f0dc32',
@@ -31,8 +31,7 @@ COLORS = dict(
     blue='#2d5ad7',
     purple='#913cb9',
     black='#1c1c1c',
-    white='#fafafa')
-COLORS = {name: ImageColor.getrgb(code) for name, code in COLORS.items()}   # of three numbers
+    white='#fafafa').items()}   # of three numbers
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
@@ -40,14 +39,14 @@ def _ngon(n, turn=0., inner=1.):
     "Corners of a regular polygon, every second one at `inner` of the radius, (n, 2)."
     angle = np.arange(n) * 2 * np.pi / n + turn
     radius = np.where(np.arange(n) % 2, inner, 1.)
-    return np.stack([np.sin(angle) * radius, -np.cos(angle) * radius], 1)
+    return np.column_stack([np.sin(angle) * radius, -np.cos(angle) * radius])
 
 def _heart(t):
     "Points of a heart at the angles `t`, (n, 2)."
     x = 16 * np.sin(t) ** 3
     y = (-13 * np.cos(t) + 5 * np.cos(2 * t)
          + 2 * np.cos(3 * t) + np.cos(4 * t))
-    return np.stack([x, y], 1)
+    return np.column_stack([x, y])
 
 # %% ../nbs/03_scenes.ipynb #2d85653d
 def _points(text):
@@ -423,8 +422,8 @@ def draw_sample(
     image, things, [(text, target)] = draw_scene(dialect, rng(*keys, i), on=on)
     thing = things[target]
     boxes = [to_permille(t.box, *on) for t in things]
-    share = thing.area / math.prod(on)
-    meta = dict(boxes=boxes, target=target, size=thing.size, area=share, seen=thing.seen)
+    meta = dict(boxes=boxes, target=target, size=thing.size,
+                area=thing.area / math.prod(on), seen=thing.seen)
     return Sample(id, dialect, text, boxes[target], image, meta)
 
 # %% ../nbs/03_scenes.ipynb #04583774

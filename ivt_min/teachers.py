@@ -52,9 +52,9 @@ def user_message(
     small = image.copy()
     small.thumbnail((width, max_pixels / width))    # it is never made larger
     data = base64.b64encode(Picture(small)._bytes('PNG')).decode()
-    shown = dict(url=f'data:image/png;base64,{data}')
-    return dict(role='user', content=[dict(type='image_url', image_url=shown),
-                                      dict(type='text', text=text)])
+    return dict(role='user', content=[
+        dict(type='image_url', image_url=dict(url=f'data:image/png;base64,{data}')),
+        dict(type='text', text=text)])
 
 # %% ../nbs/22_teachers.ipynb #765820dc
 def _confidence(told):
@@ -146,8 +146,8 @@ def served_teacher(
 ):                  # a teacher; a text is None where there was no answer
     "A teacher behind a URL."
     def request(look):
-        message = user_message(words_for(look, prompt), look.shown)
-        return dict(temperature=0, max_tokens=200, messages=[message])
+        return dict(temperature=0, max_tokens=200,
+                    messages=[user_message(words_for(look, prompt), look.shown)])
     def teacher(looks): return [reply['text'] for reply in ask(request, looks)]
     return teacher
 
@@ -170,9 +170,9 @@ def served_policy(
             then = replace(episode, drawn=(box,))
             shown = user_message(_words_after(loop, then), picture(loop, then), max_pixels)
             messages += [dict(role='assistant', content=turn.text), shown]
-        seed = int(rng(*episode.key, len(episode.turns)).integers(2**31))
         return dict(temperature=loop.temperature, max_tokens=loop.max_tokens, logprobs=logprobs,
-                    seed=seed, messages=messages)
+                    seed=int(rng(*episode.key, len(episode.turns)).integers(2**31)),
+                    messages=messages)
     def policy(episodes, memory=None):
         replies = ask(request, episodes)
         left = [e.sample.id for e, r in zip(episodes, replies) if r['text'] is None]
