@@ -154,7 +154,7 @@ def _opened(vlm, dialogues):
     marks = _marks(vlm, vlm.opens)
     return vlm.opens if dialogues[0].ids[-len(marks):] == marks else ''
 
-def _turn(vlm, row, end, opened=''):
+def _turn(vlm, row, end, opened):
     "The turn of a row of sampled (id, log-probability)."
     ids, logps = zip(*row)
     text = opened + vlm.tokenizer.decode(ids[:-1] if end == 'stop' else ids)

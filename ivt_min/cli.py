@@ -89,7 +89,6 @@ def evaluate(args):     # of the command line
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
-    rank, _ = ranks()
     with free_cores():
         vlm = load(args.model, args.device, args.nf4 or None)
         remind(vlm)
@@ -98,7 +97,7 @@ def evaluate(args):     # of the command line
         def ask(part): return go_round(vlm, part, loop, args.batch)
         done = {split: ask_all(ask, samples[split], folder/f'{split}.jsonl', loop.steps, args.batch)
                 for split in data}
-    if rank: return     # the first process speaks
+    if ranks()[0]: return   # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
     rule = next(row['rule'] for row in rows if 'rule' in row)
     how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'

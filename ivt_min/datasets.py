@@ -31,7 +31,8 @@ def _at(where):
 
 def _text(value):
     fine = type(value) is str and value.strip() and len(value) <= 2000
-    _must(fine and not re.search('[\ud800-\udfff]', value), 'not a text of 1 to 2,000 characters')
+    _must(fine, 'not a text of 1 to 2,000 characters')
+    value.encode()      # fails on half a character
     return value
 
 # %% ../nbs/20_datasets.ipynb #da7a0005
@@ -96,7 +97,7 @@ class Layout:
     file: str = 'file_name'     # field of the picture's name
     id: str = 'id'      # field of the id; where it is missing, the position makes one
     facts: tuple = ()   # other fields that must be there; they are kept in `meta`
-    adapt: object = None        # function from a row to what is to be changed in it
+    adapt: object = dict        # function from a row to what is to be changed in it
 
 # %% ../nbs/20_datasets.ipynb #da7a000e
 _SIZE = 'width', 'height'
@@ -140,7 +141,7 @@ def _samples(row, layout, name, images):
     _must('raw_str' not in row or not missing, 'of the other Ref-Adv (Akula et al. 2020)')
     _must(not missing, f'fields that are missing: {", ".join(missing)}')
     row = {layout.id: name, 'source': layout.source} | row
-    if layout.adapt: row |= layout.adapt(row)
+    row |= layout.adapt(row)
     name = _read(row, layout.id, _name)
     image = _image(row, layout.file, images)
     file = row[layout.file] if type(row[layout.file]) is str else name
@@ -173,7 +174,7 @@ def read_rows(
     layout=OWN,     # of the rows
     images=None,    # folder of the pictures; by default that of the file
     n=None,         # how many rows there must be
-)->list:            # of Sample; raises ValueError that names the file, the row and the field
+):                  # list of Sample; raises ValueError that names the file, the row and the field
     "The samples of a data set, or of rows of one's own: image, expression, box."
     if isinstance(rows, (str, Path)):
         where, found = Path(rows), _rows_of(rows)
@@ -237,7 +238,7 @@ def write_rows(
             replace_file(file, x.image)
         image = os.path.relpath(file, folder)
         _must(not image.startswith('..'), f'{x.id}: {file} is not below {folder}')
-        size = dict(width=x.meta['width'], height=x.meta['height'])
+        size = {side: x.meta[side] for side in _SIZE}
         rows.append(dict(id=x.id, source=x.source, image=image, expression=x.expression,
                          box=to_pixels(x.truth, **size), **size))
     write_jsonl(path, rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .core import replace_file
-from .boxes import to_pixels
+from .boxes import area, to_pixels
 
 # %% ../nbs/02_render.ipynb #b7c7be43
 class ImageError(ValueError):
@@ -73,7 +73,7 @@ def draw_box(
 ):                      # RGB image of the same size
     "A copy of the picture with the box as a coloured veil and a line around it."
     out = open_image(image)
-    if box is None or box[0] >= box[2] or box[1] >= box[3]: return out
+    if box is None or not area(box): return out
     left, top, right, bottom = to_pixels(np.clip(box, 0, 1000), *out.size)
     x0 = min(round(left), out.width - 1)    # within the picture, and at least one pixel
     y0 = min(round(top), out.height - 1)

@@ -35,9 +35,9 @@ COLORS = {name: ImageColor.getrgb(code) for name, code in dict(
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
-def _ngon(n, turn=0., inner=1.):
+def _ngon(n, inner=1.):
     "Corners of a regular polygon, every second one at `inner` of the radius, (n, 2)."
-    angle = np.arange(n) * 2 * np.pi / n + turn
+    angle = np.arange(n) * 2 * np.pi / n
     radius = np.where(np.arange(n) % 2, inner, 1.)
     return np.column_stack([np.sin(angle) * radius, -np.cos(angle) * radius])
 
@@ -60,7 +60,7 @@ _CORNERS = dict(
     triangle=_points('0,-1 1,1 -1,1'),
     diamond=_ngon(4),
     star=_ngon(10, inner=.42),
-    hexagon=_ngon(6, np.pi / 6),
+    hexagon=_points('.5,-1 1,0 .5,1 -.5,1 -1,0 -.5,-1'),
     cross=_points('-.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 '
                   '.36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36'),
     ring=np.concatenate([
@@ -154,7 +154,7 @@ def paint(
         box = Image.fromarray(left).getbbox()
         seen = float(left.sum() / masks[i].sum())
         done.append(replace(thing, box=box, seen=seen))
-    return Image.fromarray(pixels), owner, tuple(done)
+    return Image.fromarray(pixels), owner, done
 
 # %% ../nbs/03_scenes.ipynb #86906bb9
 N_THINGS = dict(g=(2, 6), adv=(3, 7), l4=(3, 8))  # fewest, most
@@ -192,9 +192,9 @@ def _place(kind, color, pattern, size, things, rng, on=SQUARE):
     return None
 
 # %% ../nbs/03_scenes.ipynb #43b4b203
-def _pick(rng, options):
-    "One of the options; of a dict, one of its keys."
-    return list(options)[rng.integers(len(options))]
+def _pick(rng, options, odds=None):
+    "One of the options, by default all alike; of a dict, one of its keys."
+    return list(options)[rng.choice(len(options), p=odds)]
 
 def arrange(
     dialect,    # one of DIALECTS
@@ -209,9 +209,9 @@ def arrange(
     things = []
     for i in range(n):
         kind = rival if i < rivals else _pick(rng, kinds)
-        size = list(RADII)[rng.choice(3, p=SIZE_ODDS[dialect])]
+        size = _pick(rng, RADII, SIZE_ODDS[dialect])
         color = _pick(rng, COLORS)
-        pattern = PATTERNS[rng.choice(3, p=PATTERN_ODDS)]
+        pattern = _pick(rng, PATTERNS, PATTERN_ODDS)
         thing = _place(kind, color, pattern, size, things, rng, on)
         if thing: things.append(thing)
     rng.shuffle(things)
@@ -327,16 +327,13 @@ def _by_mark(style, same, relation, mark, name):
     return f'closest to the {name}', _first(rest, lambda o: math.dist(o.center, mark.center))
 
 # %% ../nbs/03_scenes.ipynb #5ff98282
-def _by_denial(style, same, rival, colors):
-    "What a sentence says of one of the same kind by what it is not, and the thing that it means."
-    if style == 4:
-        return f'that is not {rival.color}', _only(same, lambda o: o.color != rival.color)
-    if style == 5 and len(colors) == 2:
-        said = f'that is neither {colors[0]} nor {colors[1]}'
-        return said, _only(same, lambda o: o.color not in colors)
-    if style == 6 and rival.pattern != 'plain':
-        return f'that is not {rival.pattern}', _only(same, lambda o: o.pattern != rival.pattern)
-    return '', None
+def _by_denial(style, rival, rivals):
+    "What a sentence denies of one of the same kind, and the words that are not true of it."
+    colors = sorted({o.color for o in rivals})[:2]
+    if style == 4: return f'not {rival.color}', [rival.color]
+    if style == 5 and len(colors) == 2: return f'neither {colors[0]} nor {colors[1]}', colors
+    if style == 6 and rival.pattern != 'plain': return f'not {rival.pattern}', [rival.pattern]
+    return '', []
 
 # %% ../nbs/03_scenes.ipynb #7c5529c5
 def _ask_adv(thing, things, rng):
@@ -358,10 +355,10 @@ def _ask_adv(thing, things, rng):
         return text, _only([thing, *alike], lambda o: o.kind != wrong)
     if style < 4:
         said, meant = _by_mark(style, same, relation, mark, name)
-    else:
-        colors = sorted({o.color for o in rivals})[:2]
-        said, meant = _by_denial(style, same, rival, colors)
-    return f'the {thing.kind} {said}', meant
+        return f'the {thing.kind} {said}', meant
+    said, words = _by_denial(style, rival, rivals)
+    meant = _only(same, lambda o: o.color not in words and o.pattern not in words)
+    return f'the {thing.kind} that is {said}', meant
 
 # %% ../nbs/03_scenes.ipynb #ae439cb5
 def _ask_l4(thing, things, rng):
@@ -385,8 +382,7 @@ def _ask_l4(thing, things, rng):
     if style == 3:
         place = _pick(rng, PLACES)
         return f'the {name} {place}', _only(group, *PLACES[place])
-    if style == 4 and parts: return f'the {name}', _only(group)
-    return '', None
+    return f'the {name}', _only(group) if style == 4 else None
 
 # %% ../nbs/03_scenes.ipynb #b2ea18bb
 def draw_scene(

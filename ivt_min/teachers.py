@@ -164,8 +164,8 @@ def served_policy(
     from ivt_min.loop import Turn, _words_after, picture
     if loop.form != 'turn': raise ValueError(f'form {loop.form!r}: a server takes turns only')
     def request(episode):
-        question = prompt.replace('{expression}', words_of(episode.sample))
-        messages = [user_message(question, episode.image, max_pixels)]
+        messages = [user_message(prompt.replace('{expression}', words_of(episode.sample)),
+                                 episode.image, max_pixels)]
         for turn, box in zip(episode.turns, episode.drawn):
             then = replace(episode, drawn=(box,))
             shown = user_message(_words_after(loop, then), picture(loop, then), max_pixels)

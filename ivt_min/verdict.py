@@ -126,7 +126,8 @@ def keep(
     episode,    # of `views`
 ):              # the same with verdicts, and the box that is kept
     "Judge what the answers dispute, and keep the place with the most for it."
-    there, odds = places(episode.boxes), {}
+    there = places(episode.boxes)
+    odds = {}
     if len(there) > 1:
         asked = [shown(vlm, loop, episode.sample, episode.boxes[i]) for i in there]
         odds = dict(zip(there, judge(vlm, loop, asked)))
@@ -186,13 +187,14 @@ class Refinement:
 # %% ../nbs/13_verdict.ipynb #f1248236
 def _found(episode):
     "A finished episode as a Refinement."
-    done, size = record(episode), episode.image.size
+    done = record(episode)
+    size = episode.image.size
     def px(box): return None if box is None else to_pixels(box, *size)
     verdicts = done.verdicts or [None] * len(done.boxes)
     steps = tuple(map(Step, done.texts, map(px, done.boxes), done.confidences, done.notes,
                       verdicts))
-    strip = filmstrip(episode.image, done.boxes, title=done.expression)
-    return Refinement(done.expression, steps, px(episode.held), size, strip)
+    return Refinement(done.expression, steps, px(episode.held), size,
+                      filmstrip(episode.image, done.boxes, title=done.expression))
 
 # %% ../nbs/13_verdict.ipynb #95275afd
 def check_pictures(
