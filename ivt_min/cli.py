@@ -21,8 +21,7 @@ def demo(args):     # of the command line
     films = []
     with free_cores():
         vlm = load(args.model, args.device)
-        loop = loop_of(vlm, args.steps)
-        done = go_round(vlm, split('test', 8 * args.n), loop)
+        done = go_round(vlm, split('test', 8 * args.n), loop_of(vlm, args.steps))
         done.sort(key=lambda e: not any(e.verdicts))    # first those whose answers dispute
         for e in done[:args.n]:
             texts = [f'IoU {iou(box, e.sample.truth):.2f}' for box in e.boxes]

@@ -183,8 +183,7 @@ def read_rows(
         where = 'rows'
         found = rows.to_list() if hasattr(rows, 'to_list') else rows   # pictures stay bytes
     _must(not os.path.isfile(images or ''), f'{images}: not a folder; unpack it first')
-    stem = Path(str(where).removesuffix('.gz')).stem
-    layout = replace(layout, source=layout.source or stem)
+    layout = replace(layout, source=layout.source or Path(str(where).removesuffix('.gz')).stem)
     samples, found = {}, list(found)
     for i, row in enumerate(found):
         with _at(f'{where}, row {i + 1}'):
@@ -245,11 +244,11 @@ def write_rows(
 
 # %% ../nbs/20_datasets.ipynb #da7a0038
 def _in_px(trajectories, samples, step):
-    "Each trajectory with its sample and a box in px, None where it has none."
+    "Each sample with a box of its trajectory in px, None where it has none."
     check_answers(trajectories, samples)
     for t, x in zip(trajectories, samples):
         box = t.boxes[step]
-        yield t, x, box and to_pixels(box, x.meta['width'], x.meta['height'])
+        yield x, box and to_pixels(box, x.meta['width'], x.meta['height'])
 
 def export_ref_l4(
     trajectories,   # list of Trajectory, of all samples
@@ -258,8 +257,8 @@ def export_ref_l4(
     step=-1,        # which of the boxes, -1 the last
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes as Ref-L4's evaluator reads them; its ids are whole numbers."
-    write_json(path, [dict(id=int(t.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
-                      for t, _, box in _in_px(trajectories, samples, step)])
+    write_json(path, [dict(id=int(x.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
+                      for x, box in _in_px(trajectories, samples, step)])
 
 # %% ../nbs/20_datasets.ipynb #da7a003b
 def export_coco(
@@ -270,7 +269,7 @@ def export_coco(
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes in the form of COCO's results; a sample without a box has no row."
     rows = []
-    for _, x, box in _in_px(trajectories, samples, step):
+    for x, box in _in_px(trajectories, samples, step):
         if not box: continue
         x0, y0, x1, y1 = box
         rows.append(dict(image_id=x.meta['coco_id'] or x.meta['file_name'], category_id=1,

@@ -23,9 +23,9 @@ _FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')   # none that st
 def _decode(source):
     "A picture that is no PIL image yet as one, the way it is stored."
     if isinstance(source, np.ndarray): return _of_array(source)
-    if isinstance(source, bytes): return Image.open(io.BytesIO(source), formats=_FORMATS)
-    if '://' in str(source): raise ValueError('a URL; no network here')
-    return Image.open(source, formats=_FORMATS)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    if '://' in str(file): raise ValueError('a URL; no network here')
+    return Image.open(file, formats=_FORMATS)
 
 # %% ../nbs/02_render.ipynb #6dc72c97
 def _of_array(a):
@@ -49,8 +49,7 @@ def _flat(image):
             raise ValueError(f'pixels of mode {image.mode}')
         image = Image.fromarray((grey / 257).round().astype(np.uint8))  # 65535 is white
     if image.has_transparency_data:
-        white = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(white, image.convert('RGBA'))
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
 # %% ../nbs/02_render.ipynb #11426988

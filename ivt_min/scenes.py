@@ -311,7 +311,7 @@ def _ask_g(thing, things, rng):
         mark = _pick(rng, [o for o in things if o is not thing])
         name = name_of(mark, things)
         relation = _pick(rng, RELATIONS)
-        if name is None: return text, None
+        if not name: return text, None
         text += f' that is {relation} the {name}'
         tests.append(_stands(relation, mark))
     return text, _only(things, *tests)
@@ -319,7 +319,7 @@ def _ask_g(thing, things, rng):
 # %% ../nbs/03_scenes.ipynb #46eefe93
 def _by_mark(style, same, relation, mark, name):
     "What a sentence says of one of the same kind by a landmark, and the thing that it means."
-    if name is None: return '', None
+    if not name: return '', None
     rest = [o for o in same if o is not mark]
     if style < 2: return f'{relation} the {name}', _only(rest, _stands(relation, mark))
     if style == 2:

@@ -68,8 +68,8 @@ def _confidence(told):
 # %% ../nbs/22_teachers.ipynb #40e1cdb6
 def _reply(request, timeout):
     "What a server answers: its text, and how sure it was of its box."
-    with urlopen(request, timeout=timeout) as answer: data = answer.read(10**6)
-    choice = json.loads(data)['choices'][0]
+    with urlopen(request, timeout=timeout) as answer:
+        choice = json.loads(answer.read(10**6))['choices'][0]
     told = choice.get('logprobs') or {}
     reply = dict(text=choice['message']['content'].strip(),
                  confidence=_confidence(told.get('content')))

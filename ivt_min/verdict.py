@@ -189,7 +189,7 @@ def _found(episode):
     "A finished episode as a Refinement."
     done = record(episode)
     size = episode.image.size
-    def px(box): return None if box is None else to_pixels(box, *size)
+    def px(box): return box and to_pixels(box, *size)
     verdicts = done.verdicts or [None] * len(done.boxes)
     steps = tuple(map(Step, done.texts, map(px, done.boxes), done.confidences, done.notes,
                       verdicts))
