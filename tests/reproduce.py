@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "ivt_min_runs/reproduced"
@@ -149,11 +150,14 @@ def main(only=None, just_list=False):
 
 
 if __name__ == "__main__":      # in a process of its own: the cells of a study
-    class Shell:        # a study runs the cells of another notebook
+    from IPython.core.inputtransformer2 import TransformerManager
+    class Shell:        # a study runs the cells of another notebook, and charts.py by %run
         def run_cell(self, source, silent): exec(source, space)
+        def run_line_magic(self, name, path): space.update(run_path(path))
     space = {"get_ipython": Shell}
     for cell in cells(sys.argv[1]):
-        try: exec(compile(cell, sys.argv[1], "exec"), space)
+        code = TransformerManager().transform_cell(cell)
+        try: exec(compile(code, sys.argv[1], "exec"), space)
         except FileNotFoundError:       # it shows a run that is not made yet
             if "keep_run(data_path" in cell: raise
     if os.environ.get("IVT_CALL"): space[os.environ["IVT_CALL"]]()     # once, before many want it

@@ -29,7 +29,7 @@ DEPENDENCIES = {"torch", "transformers", "peft", "bitsandbytes", "PIL", "numpy",
                 "safetensors", "huggingface_hub"}  # the last one comes with transformers
 LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "columns", "traces",
          "teachers"}
-OPTIONAL = {"pyarrow", "matplotlib"}  # asked for by name where it is missing
+OPTIONAL = {"pyarrow"}  # asked for by name where it is missing
 HAND_MADE = {"__init__", "cli"}  # modules without a notebook
 FRAMEWORKS = set(
     "trl lightning pytorch_lightning deepspeed accelerate verl openrlhf unsloth axolotl swift "
@@ -218,7 +218,8 @@ def shows_something(source):
     if not isinstance(end, ast.Expr) or source.rstrip().endswith(";"):
         return False
     if isinstance(end.value, ast.Call):
-        return called(end.value) in ("show", "filmstrip", "curve", "len", "sorted", "list", "round")
+        return called(end.value) in ("show", "filmstrip", "curve", "SVG", "len", "sorted", "list",
+                                     "round")
     return not isinstance(end.value, ast.Constant)
 
 
