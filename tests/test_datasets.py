@@ -1,12 +1,12 @@
 """Rows and pictures that go wrong, through the reader and the scan; the project's drawn pictures;
 and, where they lie beside the project, twenty real photographs."""
-import io, json, math, socket, time, tracemalloc
+import io, json, math, socket, tracemalloc
 from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from bad_pictures import bomb, large_jpeg
+from bad_pictures import BLUE, RED, TRUTH, WHITE, red_box
 from ivt_min.boxes import iou, to_permille, to_pixels
 from ivt_min.core import data_path, from_row, read_json, read_jsonl, to_row, write_json, write_jsonl
 from ivt_min.datasets import REF_ADV_S, coco_id, missed, read_rows, scan, true_box
@@ -15,8 +15,6 @@ from ivt_min.render import draw_box, filmstrip, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, REAL = data_path('samples'), ROOT.parent/'shared'/'real_rec'
-WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
-TRUTH = (10, 20, 30, 50)    # px, of a picture of 80 x 60
 ROW = dict(file_name='a.png', normal_caption='the red one', solution=list(map(float, TRUTH)), width=80,
            height=60, image_source='coco_val2017', human_authored=True, use_negation=False, distractors='5')
 
@@ -45,12 +43,6 @@ def refused(rows, *parts, **kw):
     with pytest.raises(ValueError) as e: read_adv(rows, **{'images': '.', **kw})
     assert all(part in str(e.value) for part in parts), e.value
     assert len(str(e.value)) < 500
-
-
-def red_box(image):
-    r, g, b = np.moveaxis(np.asarray(image).astype(int), -1, 0)
-    ys, xs = ((r > 128) & (g < 128) & (b < 128)).nonzero()
-    return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
 
 def unusable(folder, name, part, **changes):
@@ -117,33 +109,6 @@ def test_hugging_face_rows(scene):
 
 
 # ---- 1-15: pictures
-
-
-def test_bomb(folder):
-    bomb(folder/'bomb.png')
-    start = time.process_time()
-    unusable(folder, 'bomb.png', 'bomb.png', width=20_000, height=20_000)
-    assert time.process_time() - start < .5
-
-
-@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
-def test_large_jpeg(folder, scene):
-    large_jpeg(folder/'large.jpg', scene)
-    unusable(folder, 'large.jpg', '13000 x 13000', width=13_000, height=13_000)
-
-
-def test_strip(folder):
-    Image.new('RGB', (1, 201)).save(folder/'strip.png')
-    unusable(folder, 'strip.png', 'aspect ratio of 1 x 201', width=1, height=201, solution=[0, 0, 1, 9])
-
-
-@pytest.mark.parametrize('w, h', [(1, 1), (15, 640)])
-def test_small(folder, w, h):
-    Image.new('RGB', (w, h), WHITE).save(folder/'small.png')
-    samples = read(folder, file_name='small.png', width=w, height=h, solution=[0, 0, w, h])
-    assert scan(samples) == (samples, {}) and samples[0].truth == (0, 0, 1000, 1000)
-    assert to_pixels(samples[0].truth, w, h) == (0, 0, w, h)
-    assert red_box(draw_box(samples[0].image, samples[0].truth)) == (0, 0, w, h)
 
 
 def test_no_picture(folder, scene):
