@@ -62,7 +62,7 @@ class Turn:
     end: str = ''       # what ended it: 'stop' token, 'box', or '' where the budget did
 
 # %% ../nbs/05_answer.ipynb #b98eb95e
-_BOX = re.compile(r'\[\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*\]')
+_BOX = re.compile(r'\[(\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*)\]')
 
 def box_confidence(
     text,   # what was said
@@ -73,7 +73,7 @@ def box_confidence(
     found = _BOX.search(text, max(0, text.rfind('</think>')))   # none of a thought
     if not found or parse_box(text).box is None: return None
     inside = [logp for begin, end, logp in zip(edges, edges[1:], logps)
-              if end > found.start() + 1 and begin < found.end() - 1]
+              if end > found.start(1) and begin < found.end(1)]
     return sum(inside) / len(inside)
 
 # %% ../nbs/05_answer.ipynb #84da0f0c

@@ -151,9 +151,8 @@ def paint(
     done = []
     for i, thing in enumerate(things):
         left = owner == i
-        box = Image.fromarray(left).getbbox()
-        seen = float(left.sum() / masks[i].sum())
-        done.append(replace(thing, box=box, seen=seen))
+        done.append(replace(thing, box=Image.fromarray(left).getbbox(),
+                            seen=float(left.sum() / masks[i].sum())))
     return Image.fromarray(pixels), owner, done
 
 # %% ../nbs/03_scenes.ipynb #86906bb9

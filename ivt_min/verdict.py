@@ -178,7 +178,7 @@ class Refinement:
         "Write the picture of the steps to a file."
         self.picture.save(path)
 
-    def to_dict(self)->dict:    # for JSON
+    def to_dict(self):      # for JSON
         "All but the picture."
         row = asdict(self)
         del row['picture']
@@ -253,7 +253,7 @@ def refine(
     device=None,    # 'cpu', 'cuda', ...; by default a GPU if there is one
     loop=None,      # Loop or Views; by default the one that the model was taught with
     batch=16,       # pictures at once
-)->Refinement:      # a list of them for a list; raises ValueError or TypeError before any work
+):                  # Refinement, or a list of them; ValueError or TypeError before any work
     "Find what the words mean, look at the answer, and find it better."
     samples = check_pictures(image, expression)
     if steps is not None:
