@@ -159,7 +159,7 @@ def _outlined(image, truth, guess):
     "A copy with the true box in green and the guess in red, either may be None."
     width = 1 if min(image.size) < 100 else 2
     image = draw_box(image, truth, (0, 160, 0), alpha=0, width=width + 1)
-    return draw_box(image, guess, (255, 0, 0), alpha=0, width=width)
+    return draw_box(image, guess, alpha=0, width=width)
 
 # %% ../nbs/02_render.ipynb #22b6df11
 def show(

@@ -49,7 +49,7 @@ class Views(Loop):
 def _as_seen(turn, size, by):
     "A turn about a picture that was moved by some px, as if it were about the picture itself."
     box = parse_box(turn.text).box
-    if box is None: return turn
+    if not box: return turn
     moved = to_permille(by * 2, *size)
     there = [min(1000, max(0, v - d)) for v, d in zip(box, moved)]
     return replace(turn, text=format_box(there))
