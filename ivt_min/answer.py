@@ -62,7 +62,7 @@ class Turn:
     end: str = ''       # what ended it: 'stop' token, 'box', or '' where the budget did
 
 # %% ../nbs/05_answer.ipynb #b98eb95e
-_BOX = re.compile(r'\[\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*\]')
+_BOX = re.compile(r'\[(\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*)\]')
 
 def box_confidence(
     text,   # what was said
@@ -70,10 +70,10 @@ def box_confidence(
     logps,  # log-probability of each
 ):          # mean log-probability of its box, None without one
     "How sure the model was of the numbers that it wrote: of the tokens that overlap the box."
-    found = _BOX.search(text, max(0, text.rfind('</think>')))   # none of a thought
+    found = _BOX.search(text, text.rfind('</think>') + 1)   # none of a thought
     if not found or parse_box(text).box is None: return None
     inside = [logp for begin, end, logp in zip(edges, edges[1:], logps)
-              if end > found.start() + 1 and begin < found.end() - 1]
+              if end > found.start(1) and begin < found.end(1)]
     return sum(inside) / len(inside)
 
 # %% ../nbs/05_answer.ipynb #84da0f0c

@@ -5,12 +5,11 @@ from . import __version__
 from .core import data_path, read_json
 from .datasets import LAYOUTS, read_rows
 
-RULE = 'confident'  # the label-free one where no rows choose it
 RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
         'sft_paper_single-s0')  # README's
 
 def demo(args):     # of the command line
-    "Show what the loop does to test scenes, and the results."
+    "Show what the loop does to a few scenes, and the results."
     from .boxes import iou
     from .columns import four_columns
     from .model import load
@@ -44,8 +43,10 @@ def outputs(args):      # of the command line
     return [writable(folder/f'{k}-{Path(path).stem}.jpg') for k, path in enumerate(args.image)]
 
 def refine(args):       # of the command line
-    "Find what the words mean in each picture; print the steps, and write pictures of them."
+    "Find what the words mean in one picture or many: print the steps, and write pictures of them."
+    from .model import find_model
     from .verdict import check_pictures, refine
+    find_model(args.model)
     check_pictures(args.image, args.expression)     # what is wrong is said before the work
     files = outputs(args)
     for k in range(0, len(files), args.batch):
@@ -62,7 +63,7 @@ def said(
     file,   # where it was drawn
 ):          # text
     "A refinement in words."
-    def px(box): return 'no box' if box is None else f'{[round(v, 1) for v in box]} px'
+    def px(box): return f'{[round(v, 1) for v in box]} px' if box else 'no box'
     lines = [f'{image}: {found.expression}']
     for t, step in enumerate(found.steps):
         line = f'  step {t}: {px(step.box)}'
@@ -74,7 +75,7 @@ def said(
     return '\n'.join(lines)
 
 def evaluate(args):     # of the command line
-    "Ask a model every row of a file, keep what it says in a folder, print the four columns."
+    "Ask a model every row (image, expression, box in px) of a file; print the four columns."
     from .columns import columns
     from .evaluate import table
     from .lab import keep_answers
@@ -93,14 +94,15 @@ def evaluate(args):     # of the command line
         remind(vlm)
         done = keep_answers(folder, vlm, loop_of(vlm, args.steps), samples, args.batch)
     if ranks()[0]: return   # the first process speaks
-    rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
+    rows = columns(folder.name, done['test'], done.get('val', []),
+                   rule=None if args.val else 'confident')     # where no rows choose it
     rule = next(row['rule'] for row in rows if 'rule' in row)
     how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'
     print(f'{table(rows)}\nlabel-free: the box by the rule {rule}, {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
 
 def reproduce(args):    # of the command line
-    "Make stored runs again, beside the old ones; what that costs is said before."
+    "Make the stored runs again, from the shipped base; what that costs is said before."
     runpy.run_path(str(data_path().parent/'tests/reproduce.py'))['main'](args.only, args.list)
 
 # ---- the command line
@@ -123,15 +125,13 @@ def writable(path):     # file
         with tempfile.TemporaryFile(dir=path.parent): return path
     except OSError as e: raise ValueError(f'{path}: cannot be written ({e.strerror})') from None
 
-COMMANDS = dict(    # its function, what it is for, an example
-    demo=(demo, 'what the loop does to a few scenes, and the results',
-          'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
-    refine=(refine, 'find what the words mean in one picture or many',
+COMMANDS = dict(    # its function, an example
+    demo=(demo, 'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
+    refine=(refine,
             'ivt_min refine data/examples/scene-0.png "the large red star" --json'),
-    evaluate=(evaluate, 'ask a model every row of a JSONL file: image, expression, box (px)',
+    evaluate=(evaluate,
               'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'),
-    reproduce=(reproduce, 'make the stored runs again, from the shipped base',
-               'ivt_min reproduce --only grpo_paper-s0 --list'))
+    reproduce=(reproduce, 'ivt_min reproduce --only grpo_paper-s0 --list'))
 
 def build_parser():
     "All commands and their options."
@@ -139,8 +139,9 @@ def build_parser():
     parser.add_argument('--version', action='version', version=f'ivt_min {__version__}')
     commands = parser.add_subparsers(dest='command', help='by default demo')
     show, one, all_of, again = [
-        commands.add_parser(name, help=what, description=what, epilog=f'example: {example}')
-        for name, (_, what, example) in COMMANDS.items()]
+        commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                            epilog=f'example: {example}')
+        for name, (run, example) in COMMANDS.items()]
     for p in (show, one, all_of):
         p.add_argument('--steps', type=whole(0), help='answers after the first')
         p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")

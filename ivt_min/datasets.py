@@ -83,7 +83,7 @@ def true_box(
 # %% ../nbs/20_datasets.ipynb #d43ea6be
 def coco_id(file_name):    # None where the name is not one of COCO's
     "The number of a COCO image: twelve digits, whatever stands before them and after."
-    found = re.search(r'(?:^|[/_])(\d{12})(?:_\d+)?\.\w+$', file_name, re.A)
+    found = re.search(r'(?a)(?:^|[/_])(\d{12})(?:_\d+)?\.\w+$', file_name)
     return int(found[1]) if found else None
 
 # %% ../nbs/20_datasets.ipynb #da7a000d

@@ -73,11 +73,11 @@ def draw_box(
     "A copy of the picture with the box as a coloured veil and a line around it."
     out = open_image(image)
     if box is None or not area(box): return out
-    left, top, right, bottom = to_pixels(np.clip(box, 0, 1000), *out.size)
-    x0 = min(round(left), out.width - 1)    # within the picture, and at least one pixel
-    y0 = min(round(top), out.height - 1)
-    x1 = max(round(right), x0 + 1)
-    y1 = max(round(bottom), y0 + 1)
+    x0, y0, x1, y1 = map(round, to_pixels(np.clip(box, 0, 1000), *out.size))
+    x0 = min(x0, out.width - 1)     # within the picture, and at least one pixel
+    y0 = min(y0, out.height - 1)
+    x1 = max(x1, x0 + 1)
+    y1 = max(y1, y0 + 1)
     part = out.crop((x0, y0, x1, y1))
     out.paste(Image.blend(part, Image.new('RGB', part.size, fill), alpha), (x0, y0))
     if width is None: width = max(1, round(min(out.size) / 64))
@@ -149,8 +149,7 @@ def _sheet(images, texts, cols):
     cells = [_below(pair, 0) for pair in zip(images, texts, strict=True)]
     width = max(cell.width for cell in cells) + 4
     height = max(cell.height for cell in cells) + 4
-    rows = math.ceil(len(cells) / cols)
-    out = Image.new('RGB', (width * cols - 4, height * rows - 4), 'white')
+    out = Image.new('RGB', (width * cols - 4, height * math.ceil(len(cells) / cols) - 4), 'white')
     for i, cell in enumerate(cells):
         out.paste(cell, (i % cols * width, i // cols * height))
     return out
@@ -160,7 +159,7 @@ def _outlined(image, truth, guess):
     "A copy with the true box in green and the guess in red, either may be None."
     width = 1 if min(image.size) < 100 else 2
     image = draw_box(image, truth, (0, 160, 0), alpha=0, width=width + 1)
-    return draw_box(image, guess, (255, 0, 0), alpha=0, width=width)
+    return draw_box(image, guess, alpha=0, width=width)
 
 # %% ../nbs/02_render.ipynb #22b6df11
 def show(

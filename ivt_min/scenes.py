@@ -35,11 +35,10 @@ COLORS = {name: ImageColor.getrgb(code) for name, code in dict(
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
-def _ngon(n, inner=1.):
-    "Corners of a regular polygon, every second one at `inner` of the radius, (n, 2)."
+def _ngon(n):
+    "Corners of a regular polygon, (n, 2)."
     angle = np.arange(n) * 2 * np.pi / n
-    radius = np.where(np.arange(n) % 2, inner, 1.)
-    return np.column_stack([np.sin(angle) * radius, -np.cos(angle) * radius])
+    return np.column_stack([np.sin(angle), -np.cos(angle)])
 
 def _heart(t):
     "Points of a heart at the angles `t`, (n, 2)."
@@ -59,7 +58,7 @@ _CORNERS = dict(
     square=_points('-1,-1 1,-1 1,1 -1,1'),
     triangle=_points('0,-1 1,1 -1,1'),
     diamond=_ngon(4),
-    star=_ngon(10, inner=.42),
+    star=_ngon(10) * ([[1.], [.42]] * 5),   # every second corner is drawn in
     hexagon=_points('.5,-1 1,0 .5,1 -.5,1 -1,0 -.5,-1'),
     cross=_points('-.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 '
                   '.36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36'),
@@ -151,9 +150,8 @@ def paint(
     done = []
     for i, thing in enumerate(things):
         left = owner == i
-        box = Image.fromarray(left).getbbox()
-        seen = float(left.sum() / masks[i].sum())
-        done.append(replace(thing, box=box, seen=seen))
+        done.append(replace(thing, box=Image.fromarray(left).getbbox(),
+                            seen=float(left.sum() / masks[i].sum())))
     return Image.fromarray(pixels), owner, done
 
 # %% ../nbs/03_scenes.ipynb #86906bb9

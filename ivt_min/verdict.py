@@ -53,7 +53,7 @@ class Views(Loop):
 def _as_seen(turn, size, by):
     "A turn about a picture that was moved by some px, as if it were about the picture itself."
     box = parse_box(turn.text).box
-    if box is None: return turn
+    if not box: return turn
     moved = to_permille(by * 2, *size)
     there = [min(1000, max(0, v - d)) for v, d in zip(box, moved)]
     return replace(turn, text=format_box(there))
@@ -182,7 +182,7 @@ class Refinement:
         "Write the picture of the steps to a file."
         self.picture.save(path)
 
-    def to_dict(self)->dict:    # for JSON
+    def to_dict(self):      # for JSON
         "All but the picture."
         row = asdict(self)
         del row['picture']
@@ -257,7 +257,7 @@ def refine(
     device=None,    # 'cpu', 'cuda', ...; by default a GPU if there is one
     loop=None,      # Loop or Views; by default the one that the model was taught with
     batch=16,       # pictures at once
-)->Refinement:      # a list of them for a list; raises ValueError or TypeError before any work
+):                  # Refinement, or a list of them; ValueError or TypeError before any work
     "Find what the words mean, look at the answer, and find it better."
     samples = check_pictures(image, expression)
     if steps is not None: Loop(steps)   # which refuses what is no number of steps
