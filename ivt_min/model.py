@@ -188,7 +188,7 @@ def _quiet():
         logging.set_verbosity(level)
 
 # %% ../nbs/04_model.ipynb #a370bfbb
-def _open(folder, told):
+def _parts(folder, told):
     "Model, tokenizer and processor of a folder; ValueError where they do not fit one another."
     here = dict(local_files_only=True, trust_remote_code=False)
     model, found = AutoModelForImageTextToText.from_pretrained(
@@ -202,13 +202,6 @@ def _open(folder, told):
     if ids != [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]:
         raise ValueError('its tokenizer is missing, or that of another model')
     return model.eval(), tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder, **here)
-
-def _parts(folder, told):
-    "The same, in silence; whatever is wrong is a ValueError of one line that names the folder."
-    try:
-        with _quiet(): return _open(folder, told)
-    except Exception as e:  # a damaged file makes transformers raise nearly anything
-        raise ValueError(f'{folder}: {str(e).strip().splitlines()[0]}') from e
 
 def _ready(vlm, source, min_pixels, max_pixels):
     "A VLM as it was loaded, with its pixel budget and the beginning of its answers."
@@ -245,9 +238,14 @@ def load(
         raise ValueError(f'{folder}: no {{expression}} in the prompt {prompt!r}')
     if nf4 is None: nf4 = about.get('nf4')
     if (folder/'adapter_config.json').exists():
-        base = _base_of(folder, about, device, nf4, dtype, attention, *pixels, prompt)
-        return _with_adapter(base, folder, about, Path(find_model(name)).resolve().name)
-    parts = _parts(folder, _weights_as(_device(device), nf4, dtype, attention))
+        own_name = Path(find_model(name)).resolve().name
+        return _with_adapter(folder, about, own_name, device, nf4, dtype, attention, *pixels,
+                             prompt)
+    told = _weights_as(_device(device), nf4, dtype, attention)
+    try:
+        with _quiet(): parts = _parts(folder, told)
+    except Exception as e:  # a damaged file makes transformers raise nearly anything
+        raise ValueError(f'{folder}: {str(e).strip().splitlines()[0]}') from e
     vlm = VLM(*parts, prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for', ''))
     return _ready(vlm, str(find_model(name)), *pixels)
 
@@ -459,9 +457,8 @@ def _misfits(new, old):
     return sorted({key for key, _ in given ^ wanted})
 
 # %% ../nbs/04_model.ipynb #52554de9
-def _base_of(folder, about, *options):
+def _base_of(folder, about, named, options):
     "The model that an adapter was made for, an adapter of its own merged; the hub is not asked."
-    named = read_json(folder/'adapter_config.json').get('base_model_name_or_path')
     below = about.get('base') or named or '(none named)'
     here = folder_of(below, local=True)
     if about.get('base_sha256') not in (None, folder_hash(here, WEIGHTS)):
@@ -472,19 +469,19 @@ def _base_of(folder, about, *options):
     merge(base)
     return base
 
-def _with_adapter(vlm, folder, about, name):
-    "The VLM with the adapter of a folder; ValueError where its file is not one of this model."
+def _with_adapter(folder, about, name, *options):
+    "The VLM with the adapter of a folder; ValueError where its files are not of one model."
     from peft import PeftConfig
     name = name.replace('.', '_')    # a point would divide a module's name
     path = folder/SAVED
     weights = safe.load_file(path)
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True
-        add_adapter(vlm, config, name)
-        odd = _misfits(weights, adapter_weights(vlm, name))
+    try: config = PeftConfig.from_pretrained(folder)
     except Exception as e:  # a damaged file makes peft raise nearly anything
-        raise ValueError(f'{folder/"adapter_config.json"}: {e}') from e
+        raise ValueError(f'{folder}/adapter_config.json: {e}') from e
+    config.inference_mode = True
+    vlm = _base_of(folder, about, config.base_model_name_or_path, options)
+    add_adapter(vlm, config, name)
+    odd = _misfits(weights, adapter_weights(vlm, name))
     if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
     set_adapter_weights(vlm, name, weights)
     return replace(vlm, name=name, loop=about.get('loop'))

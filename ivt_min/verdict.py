@@ -237,7 +237,8 @@ def loop_of(
 ):      # Loop
     "The loop that a model goes round in."
     told = vlm.loop or {}
-    taught = loop or (Views if 'verdict' in told else Loop)(**told)
+    try: taught = loop or (Views if 'verdict' in told else Loop)(**told)
+    except TypeError as e: raise ValueError(f'the loop of {vlm.name}: {e}') from None
     return taught if steps is None else replace(taught, steps=steps)
 
 # %% ../nbs/13_verdict.ipynb #c851d755
