@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'replace_file', 'write_json', 'read_json', 'write_jsonl',
-           'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'unique', 'settings_hash', 'stored']
+           'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'unique', 'settings_hash']
 
 # %% ../nbs/00_core.ipynb #b1a262c7
 import gzip, hashlib, json, os
@@ -185,12 +185,3 @@ def settings_hash(settings):  # dataclass or dict
     "A fingerprint of settings, 12 hex digits, whatever the order of their names."
     text = _dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-# %% ../nbs/00_core.ipynb #4e7250dd
-def stored(
-    path,       # JSON file with a "settings_hash"; may be missing
-    settings,   # dataclass or dict
-):              # False also where IVT_RERUN=1
-    "Whether a file holds the result of these settings."
-    if os.environ.get('IVT_RERUN', '0') != '0' or not Path(path).exists(): return False
-    return read_json(path).get('settings_hash') == settings_hash(settings)

@@ -14,8 +14,8 @@ from ivt_min.boxes import parse_box
 from ivt_min.scenes import split
 from ivt_min.model import load, question
 from ivt_min.answer import answer, closed, score
-from ivt_min.loop import (Loop, drawing, go_on, model_policy, record, rollout, scripted,
-                          transcript)
+from ivt_min.answer import Turn
+from ivt_min.loop import Loop, drawing, go_on, model_policy, record, rollout, transcript
 from ivt_min.verdict import refine as same
 from ivt_min.evaluate import metrics
 from ivt_min.datasets import REF_ADV_S, missed, read_rows, scan
@@ -105,7 +105,8 @@ def test_no_words_or_far_too_many_are_an_error(text):
 def test_no_answer_breaks_the_loop(texts):
     """Whatever is said, the loop goes on with the last box that could be read, and the record says so."""
     sample = split("val", 1)[0]
-    [e] = rollout(scripted(lambda e: texts[len(e.turns)]), [sample], progress=False)
+    def says(episodes, memory): return [Turn((), (), texts[len(e.turns)]) for e in episodes], None
+    [e] = rollout(says, [sample], progress=False)
     want = [parse_box(t).box for t in texts]
     done = record(e)
     assert done.boxes == want and done.texts == texts

@@ -13,14 +13,13 @@ from safetensors import torch as safe
 from transformers.utils import logging
 
 from ivt_min.core import data_path, read_json, write_json
-from ivt_min.lab import answers
-from ivt_min.loop import Loop
+from ivt_min.loop import Loop, record
 from ivt_min.model import WEIGHTS, folder_hash, load
 from ivt_min.scenes import split
 from ivt_min.train import add_lora, save_adapter
-from ivt_min.verdict import loop_of
+from ivt_min.verdict import go_round, loop_of
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 
 
@@ -248,9 +247,10 @@ def test_a_copy_answers_as_the_original_does(tmp_path):
     loop = Loop(max_tokens=96)
     folder = copy_of("sft", tmp_path)
     (folder / "notes.txt").write_text("mine")
-    same = [answers(load(where, device="cpu"), some, loop) for where in ("sft", folder)]
+    def answers(where): return [record(e) for e in go_round(load(where, device="cpu"), some, loop)]
+    same = [answers("sft"), answers(folder)]
     (folder / "ivt.json").unlink()
-    same.append(answers(load(folder, device="cpu"), some, loop))
+    same.append(answers(folder))
     assert same[0] == same[1] == same[2]
 
 
