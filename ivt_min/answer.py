@@ -95,13 +95,11 @@ class Memory:
     pictures: object    # (B,) how many pictures of each dialogue were read
 
 # %% ../nbs/05_answer.ipynb #605e9936
-def _repeat(vlm, memory, rows):
-    "The memory of some rows, each as often as its number comes."
+def _repeat(memory, rows):
+    "The memory of some rows, each as often as its number comes; the old one is used up."
     at = torch.tensor(rows, device=memory.mask.device)
-    cache = DynamicCache(config=vlm.model.config.text_config)
-    for k, layer in enumerate(memory.cache.layers):
-        cache.update(layer.keys[at], layer.values[at], k)
-    return Memory(cache, memory.mask[at], memory.position[at], memory.pictures[at])
+    memory.cache.batch_select_indices(at)
+    return Memory(memory.cache, memory.mask[at], memory.position[at], memory.pictures[at])
 
 # %% ../nbs/05_answer.ipynb #a419516d
 def _prefill(vlm, dialogues, memory=None):
@@ -142,8 +140,7 @@ def uniforms(
     n,      # numbers a row
 ):          # (B, n) fp64 in [0, 1)
     "Each row's own random numbers, a function of its key alone."
-    rows = [rng(*key).random(n).tolist() for key in keys]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.stack([torch.from_numpy(rng(*key).random(n)) for key in keys])
 
 # %% ../nbs/05_answer.ipynb #bbc69391
 def _end(vlm, row, until):
@@ -157,7 +154,7 @@ def _opened(vlm, dialogues):
     marks = _marks(vlm, vlm.opens)
     return vlm.opens if dialogues[0].ids[-len(marks):] == marks else ''
 
-def _turn(vlm, row, end, opened=''):
+def _turn(vlm, row, end, opened):
     "The turn of a row of sampled (id, log-probability)."
     ids, logps = zip(*row)
     text = opened + vlm.tokenizer.decode(ids[:-1] if end == 'stop' else ids)
@@ -198,10 +195,10 @@ def answer(
     again = len(unlike) < len(dialogues)
     opened = _opened(vlm, dialogues)
     if memory and again:
-        memory = _repeat(vlm, memory, [row_of.index(k) for k in range(len(unlike))])
+        memory = _repeat(memory, [row_of.index(k) for k in range(len(unlike))])
     logits, memory = _prefill(vlm, unlike, memory)
     if again:       # and answered as often as it comes
-        logits, memory = logits[row_of], _repeat(vlm, memory, row_of)
+        logits, memory = logits[row_of], _repeat(memory, row_of)
     u = uniforms(keys, max_tokens).to(logits.device) if temperature else None   # (B, max_tokens)
     rows, ends, memory = _decode(vlm, logits, memory, u, max_tokens, temperature,
                                  until and (lambda text: until(opened + text)))

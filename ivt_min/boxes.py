@@ -110,7 +110,7 @@ _SEP = r'(?:\s*,\s*|\s+)'
 _PAIR = rf'\(\s*{_NUM}{_SEP}{_NUM}\s*\)'
 _CHAIN = re.compile(rf'(?a){_PAIR}(?:(?:\s*,)?\s*{_PAIR})*|(?<![\w.]){_NUM}(?:{_SEP}{_NUM})*')
 _NAME = re.compile(r'''(\w+)(["']?)\s*[:=][\s\[("']*\Z''')
-_CLOSING = {'[': ']', '(': ')', '>': '<'}
+_CLOSING = {'[': r'\]', '(': r'\)', '>': '<'}
 
 def _in_text(text):
     "The first chains of four; those under a key that means a box, if there are such."
@@ -123,7 +123,7 @@ def _in_text(text):
         before = text[max(0, start - 60):start]
         after = text[end:end + 60]
         close = _CLOSING.get(before.rstrip()[-1:], '')
-        if re.match(r'[\w.%]', after) or not after.lstrip().startswith(close): continue
+        if not re.match(rf'(?![\w.%])\s*,?\s*{close}', after): continue
         name = _NAME.search(before)
         if name and name[1].lower() in _KEYS: named.append(quad)
         elif not (name and name[2]): free.append(quad)

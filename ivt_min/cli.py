@@ -21,8 +21,7 @@ def demo(args):     # of the command line
     films = []
     with free_cores():
         vlm = load(args.model, args.device)
-        loop = loop_of(vlm, args.steps)
-        done = go_round(vlm, split('test', 8 * args.n), loop)
+        done = go_round(vlm, split('test', 8 * args.n), loop_of(vlm, args.steps))
         done.sort(key=lambda e: not any(e.verdicts))    # first those whose answers dispute
         for e in done[:args.n]:
             texts = [f'IoU {iou(box, e.sample.truth):.2f}' for box in e.boxes]
@@ -46,9 +45,7 @@ def outputs(args):      # of the command line
 
 def refine(args):       # of the command line
     "Find what the words mean in each picture; print the steps, and write pictures of them."
-    from .model import find_model
     from .verdict import check_pictures, refine
-    find_model(args.model)
     check_pictures(args.image, args.expression)     # what is wrong is said before the work
     files = outputs(args)
     for k in range(0, len(files), args.batch):
@@ -80,10 +77,10 @@ def evaluate(args):     # of the command line
     "Ask a model every row of a file, keep what it says in a folder, print the four columns."
     from .columns import columns
     from .evaluate import table
-    from .lab import ask_all, claim
+    from .lab import keep_answers
     from .model import load
     from .train import ranks
-    from .verdict import free_cores, go_round, loop_of, remind
+    from .verdict import free_cores, loop_of, remind
     data = dict(test=args.data)
     if args.val: data['val'] = args.val
     samples = {split: read_rows(path, LAYOUTS[args.layout], args.images)
@@ -91,16 +88,11 @@ def evaluate(args):     # of the command line
     shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
     if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
     folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
-    rank, _ = ranks()
     with free_cores():
         vlm = load(args.model, args.device, args.nf4 or None)
         remind(vlm)
-        loop = loop_of(vlm, args.steps)
-        claim(folder, vlm, loop, data)
-        def ask(part): return go_round(vlm, part, loop, args.batch)
-        done = {split: ask_all(ask, samples[split], folder/f'{split}.jsonl', loop.steps, args.batch)
-                for split in data}
-    if rank: return     # the first process speaks
+        done = keep_answers(folder, vlm, loop_of(vlm, args.steps), samples, args.batch)
+    if ranks()[0]: return   # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []), rule=None if args.val else RULE)
     rule = next(row['rule'] for row in rows if 'rule' in row)
     how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'
@@ -109,8 +101,7 @@ def evaluate(args):     # of the command line
 
 def reproduce(args):    # of the command line
     "Make stored runs again, beside the old ones; what that costs is said before."
-    script = data_path().parent/'tests/reproduce.py'
-    runpy.run_path(str(script))['main'](args.only, args.list)
+    runpy.run_path(str(data_path().parent/'tests/reproduce.py'))['main'](args.only, args.list)
 
 # ---- the command line
 
@@ -147,23 +138,21 @@ def build_parser():
     parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
     parser.add_argument('--version', action='version', version=f'ivt_min {__version__}')
     commands = parser.add_subparsers(dest='command', help='by default demo')
-    made = {}
-    for name, (_, what, example) in COMMANDS.items():
-        p = made[name] = commands.add_parser(name, help=what, description=what,
-                                             epilog=f'example: {example}')
-        if name == 'reproduce': continue
+    show, one, all_of, again = [
+        commands.add_parser(name, help=what, description=what, epilog=f'example: {example}')
+        for name, (_, what, example) in COMMANDS.items()]
+    for p in (show, one, all_of):
         p.add_argument('--steps', type=whole(0), help='answers after the first')
         p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")
-        if name != 'evaluate': p.add_argument('--model', default='single', help='what comes '
-                                              'along, a folder, or a name on the hub; else single')
-    made['demo'].add_argument('-n', type=whole(2), default=4, help='number of scenes')
-    made['demo'].add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
-    one = made['refine']
+    for p in (show, one):
+        p.add_argument('--model', default='single',
+                       help='what comes along, a folder, or a name on the hub; else single')
+    show.add_argument('-n', type=whole(2), default=4, help='number of scenes')
+    show.add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
     one.add_argument('image', nargs='+', help='path of a picture')
     one.add_argument('expression', help='what to look for, in words')
     one.add_argument('--json', action='store_true', help='a line of JSON a picture')
     one.add_argument('--out', help='picture to write; with several pictures, a folder of them')
-    all_of = made['evaluate']
     all_of.add_argument('model', help='what comes along, a folder, or a name on the hub')
     all_of.add_argument('data', help='rows, .jsonl, .json or .parquet; pictures lie beside them')
     all_of.add_argument('--val', help='rows of the same form that choose the label-free rule')
@@ -172,10 +161,10 @@ def build_parser():
     all_of.add_argument('--images', help='folder of the pictures; by default that of the rows')
     all_of.add_argument('--nf4', action='store_true', help='hold the language model in 4 bits')
     all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
-    made['reproduce'].add_argument('--only', help='name of one run')
-    made['reproduce'].add_argument('--list', action='store_true', help='only say what it costs')
     for p in (one, all_of):
         p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
+    again.add_argument('--only', help='name of one run')
+    again.add_argument('--list', action='store_true', help='only say what it costs')
     return parser
 
 def note(

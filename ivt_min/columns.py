@@ -8,10 +8,12 @@ __all__ = ['RULES', 'COLUMNS', 'pick', 'oracle', 'single', 'choose_rule', 'colum
 
 # %% ../nbs/08_columns.ipynb #e0058956
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, zip_longest
 import numpy as np
 from .boxes import iou
+from .core import unique
 from .evaluate import (bootstrap, check_answers, hits, ious, metrics, part_rows,
                               result_row, table)
 
@@ -79,7 +81,8 @@ def single(
 
 # %% ../nbs/08_columns.ipynb #055560f9
 def choose_rule(val):  # list of Trajectory, of the validation run; one of RULES
-    "The rule with the highest mean IoU; the first of equals."
+    "The rule with the highest mean IoU; the first of equals. ValueError where there is nothing."
+    if not val: raise ValueError('no validation run that could choose a rule')
     def miou(rule): return round(float(ious(single(val, rule)).mean()), 9)
     return max(RULES, key=miou)
 
@@ -89,12 +92,12 @@ COLUMNS = ('step 0', 'last', 'label-free', 'oracle')
 def columns(
     run,    # its name
     test,   # list of Trajectory: those that are judged
-    val,    # list of Trajectory: those that choose the rule; ValueError where they share an id
+    val,    # list of Trajectory: those that choose the rule; ValueError where an id is twice
     seed=0, # of the bootstrap
     rule=None,  # one of RULES that was fixed beforehand; then nothing is chosen
 ):          # list of dicts as of `metrics`; those of the label-free column also with the rule
     "Step 0 | last | label-free | oracle."
-    both = {t.id for t in test} & {t.id for t in val}
+    both = unique(t.id for t in test) & unique(t.id for t in val)
     if both: raise ValueError(f'{run}: {min(both)} in test and in val')
     if {t.kept for t in test} - {None}: rule = 'kept'
     rule = rule or choose_rule(val)
@@ -167,11 +170,11 @@ def paired(
 # %% ../nbs/08_columns.ipynb #3ff90a45
 def mcnemar(
     old,    # (n,) bool
-    new,    # (n,) bool, of the same samples in the same order
+    new,    # (n,) bool, of the same samples in the same order, else ValueError
 ):          # p, 1 where they never differ
     "McNemar's exact two-sided p: how likely so uneven a split of wins and losses is by chance."
-    wins = int(np.greater(new, old).sum())
-    losses = int(np.greater(old, new).sum())
+    pairs = Counter(zip(old, new, strict=True))     # True is 1
+    wins, losses = pairs[0, 1], pairs[1, 0]
     tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
     return min(1., 2 * tail / 2 ** (wins + losses))
 

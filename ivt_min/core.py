@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'replace_file', 'write_json', 'read_json', 'write_jsonl',
-           'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'settings_hash', 'stored']
+           'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'unique', 'settings_hash', 'stored']
 
 # %% ../nbs/00_core.ipynb #b1a262c7
 import gzip, hashlib, json, os
@@ -170,6 +170,15 @@ def distinct(items):     # anything
     some = {id(item): item for item in items}
     place = {key: k for k, key in enumerate(some)}
     return list(some.values()), [place[id(item)] for item in items]
+
+# %% ../nbs/00_core.ipynb #153aff44
+def unique(names):  # what can be in a set
+    "The set of the names; raises ValueError that says which one comes twice."
+    seen = set()
+    for name in names:
+        if name in seen: raise ValueError(f'{name!r} is there twice')
+        seen.add(name)
+    return seen
 
 # %% ../nbs/00_core.ipynb #f7b8b75a
 def settings_hash(settings):  # dataclass or dict

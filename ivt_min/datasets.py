@@ -9,12 +9,12 @@ __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
 from .boxes import parse_box, to_permille, to_pixels
 from .core import (Sample, Trajectory, from_row, read_json, read_jsonl, replace_file,
-                          write_json, write_jsonl)
+                          unique, write_json, write_jsonl)
 from .evaluate import check_answers
 from .render import open_image
 
@@ -31,7 +31,8 @@ def _at(where):
 
 def _text(value):
     fine = type(value) is str and value.strip() and len(value) <= 2000
-    _must(fine and not re.search('[\ud800-\udfff]', value), 'not a text of 1 to 2,000 characters')
+    _must(fine, 'not a text of 1 to 2,000 characters')
+    value.encode()      # fails on half a character
     return value
 
 # %% ../nbs/20_datasets.ipynb #da7a0005
@@ -71,8 +72,7 @@ def true_box(
     x0, y0, x1, y1 = box
     left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
     given = (x0, y0, x1 + left, y1 + top)
-    sides = (width, height) * 2
-    inside = tuple(min(max(v, 0), side) for v, side in zip(given, sides))
+    inside = tuple(min(max(v, 0), side) for v, side in zip(given, (width, height) * 2))
     rim = max(abs(a - b) for a, b in zip(inside, given))
     side = min(inside[2] - inside[0], inside[3] - inside[1])
     here = f'as {convention} in a picture of {width} x {height}'
@@ -97,7 +97,7 @@ class Layout:
     file: str = 'file_name'     # field of the picture's name
     id: str = 'id'      # field of the id; where it is missing, the position makes one
     facts: tuple = ()   # other fields that must be there; they are kept in `meta`
-    adapt: object = None        # function from a row to what is to be changed in it
+    adapt: object = dict        # function from a row to what is to be changed in it
 
 # %% ../nbs/20_datasets.ipynb #da7a000e
 _SIZE = 'width', 'height'
@@ -111,8 +111,7 @@ VLM_R1 = Layout('vlm-r1', 'normal_caption', 'solution', 'xyxy px', 'image')
 # %% ../nbs/20_datasets.ipynb #da7a000f
 def _of_refcocog(row):
     "Name and size of the picture; the row's own `file_name` is no file."
-    info = _read(row, 'raw_image_info', json.loads)
-    return {k: info[k] for k in ('file_name', 'width', 'height')}
+    return _read(row, 'raw_image_info', json.loads)
 
 REFCOCOG = Layout('refcocog', 'captions', 'bbox', 'xyxy px', id='ref_id', adapt=_of_refcocog)
 LAYOUTS = {'own': OWN, 'own-xywh': replace(OWN, convention='xywh px'), 'ref-adv-s': REF_ADV_S,
@@ -142,7 +141,7 @@ def _samples(row, layout, name, images):
     _must('raw_str' not in row or not missing, 'of the other Ref-Adv (Akula et al. 2020)')
     _must(not missing, f'fields that are missing: {", ".join(missing)}')
     row = {layout.id: name, 'source': layout.source} | row
-    if layout.adapt: row |= layout.adapt(row)
+    row |= layout.adapt(row)
     name = _read(row, layout.id, _name)
     image = _image(row, layout.file, images)
     file = row[layout.file] if type(row[layout.file]) is str else name
@@ -175,7 +174,7 @@ def read_rows(
     layout=OWN,     # of the rows
     images=None,    # folder of the pictures; by default that of the file
     n=None,         # how many rows there must be
-)->list:            # of Sample; raises ValueError that names the file, the row and the field
+):                  # list of Sample; raises ValueError that names the file, the row and the field
     "The samples of a data set, or of rows of one's own: image, expression, box."
     if isinstance(rows, (str, Path)):
         where, found = Path(rows), _rows_of(rows)
@@ -184,8 +183,7 @@ def read_rows(
         where = 'rows'
         found = rows.to_list() if hasattr(rows, 'to_list') else rows   # pictures stay bytes
     _must(not os.path.isfile(images or ''), f'{images}: not a folder; unpack it first')
-    stem = Path(str(where).removesuffix('.gz')).stem
-    layout = replace(layout, source=layout.source or stem)
+    layout = replace(layout, source=layout.source or Path(str(where).removesuffix('.gz')).stem)
     samples, found = {}, list(found)
     for i, row in enumerate(found):
         with _at(f'{where}, row {i + 1}'):
@@ -197,10 +195,11 @@ def read_rows(
 
 # %% ../nbs/20_datasets.ipynb #da7a0029
 def scan(
-    samples,    # list of Sample
+    samples,    # list of Sample; ValueError where an id is twice
     skip=False, # whether those that are unusable are left out; else they are a ValueError
 ):              # list of the usable Samples; a dict, id of another -> reason
     "The samples whose pictures open, in the size of their row."
+    unique(x.id for x in samples)
     sizes, reasons = {}, {}
     for x in samples:
         key = id(x.image) if isinstance(x.image, Image.Image) else x.image  # a path, or bytes
@@ -239,18 +238,18 @@ def write_rows(
             replace_file(file, x.image)
         image = os.path.relpath(file, folder)
         _must(not image.startswith('..'), f'{x.id}: {file} is not below {folder}')
-        size = dict(width=x.meta['width'], height=x.meta['height'])
+        size = {side: x.meta[side] for side in _SIZE}
         rows.append(dict(id=x.id, source=x.source, image=image, expression=x.expression,
                          box=to_pixels(x.truth, **size), **size))
     write_jsonl(path, rows)
 
 # %% ../nbs/20_datasets.ipynb #da7a0038
 def _in_px(trajectories, samples, step):
-    "Each trajectory with its sample and a box in px, None where it has none."
+    "Each sample with a box of its trajectory in px, None where it has none."
     check_answers(trajectories, samples)
     for t, x in zip(trajectories, samples):
         box = t.boxes[step]
-        yield t, x, box and to_pixels(box, x.meta['width'], x.meta['height'])
+        yield x, box and to_pixels(box, x.meta['width'], x.meta['height'])
 
 def export_ref_l4(
     trajectories,   # list of Trajectory, of all samples
@@ -259,8 +258,8 @@ def export_ref_l4(
     step=-1,        # which of the boxes, -1 the last
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes as Ref-L4's evaluator reads them; its ids are whole numbers."
-    write_json(path, [dict(id=int(t.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
-                      for t, _, box in _in_px(trajectories, samples, step)])
+    write_json(path, [dict(id=int(x.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
+                      for x, box in _in_px(trajectories, samples, step)])
 
 # %% ../nbs/20_datasets.ipynb #da7a003b
 def export_coco(
@@ -271,7 +270,7 @@ def export_coco(
 ):                  # nothing; raises ValueError where the two do not belong together
     "Write boxes in the form of COCO's results; a sample without a box has no row."
     rows = []
-    for _, x, box in _in_px(trajectories, samples, step):
+    for x, box in _in_px(trajectories, samples, step):
         if not box: continue
         x0, y0, x1, y1 = box
         rows.append(dict(image_id=x.meta['coco_id'] or x.meta['file_name'], category_id=1,
@@ -279,6 +278,14 @@ def export_coco(
     write_json(path, rows)
 
 # %% ../nbs/20_datasets.ipynb #da7a003e
+def _box_of(answer, mode, size):
+    "The box that is read from a text; four numbers must be one as they stand, else ValueError."
+    if type(answer) is not list: return parse_box(answer, mode, size).box
+    p = parse_box(json.dumps(answer), mode, size)
+    fine = p.box and not p.repairs and [*p.raw] == answer
+    _must(fine, f'{answer} is no box within the picture, as {mode}')
+    return p.box
+
 def _answered(row, x, mode):
     "A row of answers to a sample as a trajectory; a box, a text or null a step."
     name = 'boxes' if 'boxes' in row else 'texts'
@@ -287,16 +294,10 @@ def _answered(row, x, mode):
         answers = row[name]
         plain = type(answers) is list and {*map(type, answers)} <= {kind, type(None)}
         _must(plain and answers, 'not one a step')
-        texts = [v if kind is str else json.dumps(v) for v in answers]
-        size = x.meta['width'], x.meta['height']
-        found = [parse_box(text, mode, size) for text in texts]
-        for v, p in zip(answers, found):
-            fine = type(v) is not list or p.box and not p.repairs and [*p.raw] == v
-            _must(fine, f'{v} is no box within the picture, as {mode}')
-    kept = texts if (name, mode) == ('texts', 'rel1000') else []    # others read as permille
+        boxes = [_box_of(v, mode, (x.meta['width'], x.meta['height'])) for v in answers]
+    kept = answers if (name, mode) == ('texts', 'rel1000') else []  # others read as permille
     return from_row(dict(id=x.id, source=x.source, expression=x.expression, truth=x.truth,
-                         boxes=[p.box for p in found], texts=kept,
-                         confidences=row.get('confidences') or []))
+                         boxes=boxes, texts=kept, confidences=row.get('confidences') or []))
 
 # %% ../nbs/20_datasets.ipynb #da7a0040
 def import_predictions(

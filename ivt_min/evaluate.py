@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .boxes import area, iou, parse_box
-from .core import from_row, read_json, read_jsonl, rng
+from .core import from_row, read_json, read_jsonl, rng, unique
 
 # %% ../nbs/07_evaluate.ipynb #f2aeb278
 def ious(
@@ -152,14 +152,12 @@ def check_answers(
 ):              # nothing; raises ValueError that names the sample
     "Refuse answers that no loop can have given to these questions."
     if len(done) != len(asked): raise ValueError(f'{len(done)} samples, not {len(asked)}')
-    seen = set()
     for t, s in zip(done, asked):
         n = len(done[0].boxes) if steps is None else steps + 1
         said = [parse_box(text).box for text in t.texts]
         wrong = {
             f'asked was {s.id}, {s.expression!r}, {s.truth}':
                 (t.id, t.expression, t.truth) != (s.id, s.expression, s.truth),
-            'is there more than once': t.id in seen,
             f'{len(t.boxes)} answers, not {n}': len(t.boxes) != n,
             'a box that is none within 0 to 1000': any(
                 min(b) < 0 or max(b) > 1000 or not area(b) for b in t.boxes if b),
@@ -167,7 +165,7 @@ def check_answers(
             'a log-probability above 0': any((v or 0) > 0 for v in t.confidences)}
         for what in wrong:
             if wrong[what]: raise ValueError(f'{t.id}: {what}')
-        seen.add(t.id)
+    unique(t.id for t in done)
     far = [v for t in done for box in t.boxes if box for v in box]
     if len(done) > 19 and far and 2 * max(far) < max(v for t in done for v in t.truth):
         raise ValueError(f'no box goes beyond {max(far):.0f}, as the truth does: pixels?')
@@ -186,6 +184,6 @@ def read_run(
     loop = read_json(config).get('loop') if config.exists() else None
     try:
         done = [from_row(row) for row in read_jsonl(path)]
-        check_answers(done, asked or done, loop and loop['steps'])
+        check_answers(done, done if asked is None else asked, loop and loop['steps'])
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return done

@@ -7,7 +7,7 @@ __all__ = ['REWARDS', 'reward', 'advantage', 'GRPO', 'normaliser', 'grpo_loss', 
            'rollout_stats', 'train_grpo']
 
 # %% ../nbs/12_grpo.ipynb #d51aef6e
-import time
+import math, time
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from .core import rng
-from .boxes import iou
+from .boxes import iou, parse_box
 from .model import question, use_adapter
 from .answer import score
 from .loop import Loop, Transcript, model_policy, rollout, transcript
-from .train import Run, fingerprint, ranks, total
+from .train import Run, fingerprint, ranks, samples_hash, total
 
 # %% ../nbs/12_grpo.ipynb #a512873a
 def _final(ious): return ious[-1]
@@ -33,12 +33,13 @@ REWARDS = dict(     # name -> function of a trajectory's IoUs, one a step, to a 
 def reward(
     episode,            # Episode, finished
     how='final',        # one of REWARDS
-    format_weight=.1,   # weight of the share of steps that can be read
+    format_weight=.1,   # weight of the share of steps whose box needs no repair
 ):       # float
     "What a trajectory is worth, by the labels."
+    answers = [parse_box(turn.text) for turn in episode.turns]
     scores = [iou(box, episode.sample.truth) for box in episode.boxes]
-    readable = np.mean([box is not None for box in episode.boxes])
-    return float(REWARDS[how](scores) + format_weight * readable)
+    clean = np.mean([a.box is not None and not a.repairs for a in answers])
+    return float(REWARDS[how](scores) + format_weight * clean)
 
 # %% ../nbs/12_grpo.ipynb #e1bd05c9
 def advantage(
@@ -59,7 +60,7 @@ class GRPO:
     "Settings of GRPO."
     loop: Loop = Loop(max_tokens=32, temperature=1.)    # that is rolled out
     reward: str = 'final'   # one of REWARDS
-    format_weight: float = .1   # weight of readable answers in it
+    format_weight: float = .1   # weight of answers in good form in it
     prompts: int = 8        # samples a step
     group: int = 6          # trajectories a sample, N
     std: bool = True        # as for `advantage`
@@ -188,12 +189,11 @@ def rollout_stats(
 
 # %% ../nbs/12_grpo.ipynb #f5938990
 def _fit(vlm, samples, s):
-    "What the log of a run says of its samples; ValueError where a step could not be made of them."
+    "Raise ValueError where a step could not be made of these samples."
     rank, n_ranks = ranks()
     if len(samples) < s.prompts or s.prompts % n_ranks:
         raise ValueError(f'{s.prompts} prompts a step, {len(samples)} samples, {n_ranks} processes')
     for x in samples[rank::n_ranks]: question(vlm, x)
-    return [(x.id, x.expression, x.truth) for x in samples]
 
 def _prompts(samples, s, step):
     "This process's samples of a step: every epoch takes them in another order."
@@ -203,6 +203,14 @@ def _prompts(samples, s, step):
     return [samples[i] for i in order[k * s.prompts + rank:(k + 1) * s.prompts:n_ranks]]
 
 # %% ../nbs/12_grpo.ipynb #39f24c53
+def _rewards(episodes, s, step):
+    "A row of rewards a group, (P, N); ValueError that names one that is not finite."
+    R = [reward(e, s.reward, s.format_weight) for e in episodes]
+    for k, r in enumerate(R):
+        where = f'step {step}, sample {episodes[k].sample.id}, member {k % s.group}'
+        if not math.isfinite(r): raise ValueError(f'{where}: reward {r}')
+    return np.reshape(R, (-1, s.group))
+
 def _micro_batches(A, rows, s):
     "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
     live = [i for i in range(len(A)) if s.beta or A[i] != 0]
@@ -224,13 +232,14 @@ def train_grpo(
     ref='sft',      # the one that holds the leash
 ):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
-    told = _fit(vlm, samples, s)
+    _fit(vlm, samples, s)
     lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), samples=told))
+    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm),
+                                      samples=samples_hash(samples)))
     for step in run:
         start = time.time()
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)
-        R = np.reshape([reward(e, s.reward, s.format_weight) for e in episodes], (-1, s.group))
+        R = _rewards(episodes, s, step)     # (P, N)
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
         fixed = reference_logps(vlm, rows, s, ref, name) if s.beta else None
         n = total(normaliser(s, [len(row.logps) for row in rows]))

@@ -7,10 +7,10 @@ __all__ = ['Loop', 'Episode', 'picture', 'scripted', 'drawing', 'rollout', 'go_o
            'transcript']
 
 # %% ../nbs/06_loop.ipynb #0b098702
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 import torch
 from transformers.utils import logging
-from .core import Sample, Trajectory, distinct, rng
+from .core import Sample, Trajectory, distinct, rng, unique
 from .boxes import iou, parse_box
 from .render import draw_box, open_image
 from .model import (Dialogue, _marks, encode, encode_pictures, image_tokens, question,
@@ -26,10 +26,23 @@ class Loop:
     prompt: str = '\nLocate: {expression}\n'   # what follows the drawn picture (ours)
     missing: str = '\nNo box.'  # said before them where nothing could be drawn (ours)
     fill: tuple = (255, 0, 0)   # colour of the drawn box; the value is ours
-    alpha: float = .25          # how much of the picture its veil takes away, fraction (ours)
-    width: int = None           # of its line, px; None is a 64th of the shorter side (ours)
+    alpha: float | int = .25    # how much of the picture its veil takes away, fraction (ours)
+    width: int | None = None    # of its line, px; None is a 64th of the shorter side (ours)
     max_tokens: int = 64        # budget of a step, tokens
-    temperature: float = 0.     # 0 is greedy
+    temperature: float | int = 0.   # 0 is greedy
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is list:     # it comes from JSON
+                value = tuple(value)
+                object.__setattr__(self, f.name, value)
+            if type(value) is bool or not isinstance(value, f.type):
+                raise TypeError(f'{f.name}: {value!r} is of the wrong type')
+        if self.steps < 0: raise ValueError(f'steps: {self.steps}')
+        if self.form not in ('prefix', 'turn'): raise ValueError(f'form: {self.form!r}')
+        if self.max_tokens < 1: raise ValueError(f'max_tokens: {self.max_tokens}')
+        if not self.temperature >= 0: raise ValueError(f'temperature: {self.temperature}')
 
 # %% ../nbs/06_loop.ipynb #db19ff26
 @dataclass(frozen=True)
@@ -102,12 +115,14 @@ def rollout(
     samples,        # list of core.Sample
     loop=Loop(),    # settings, of which only `steps` counts here; the rest is the policy's
     draw=drawing(), # function of an Episode -> the box to draw, permille, or None
-    keys=None,      # a tuple for each sample, its randomness; by default its id
+    keys=None,      # a tuple for each sample, its own: its randomness; by default its id
     batch=64,       # samples at once
     progress=True,  # show a bar with an estimate
-):                  # list of Episode; raises ValueError that names a sample with a bad picture
+):                  # list of Episode; raises ValueError that names a bad picture's sample or a key
     "Every sample is asked, then shown its own answer, `loop.steps` times."
-    asked = list(zip(samples, keys or [(s.id,) for s in samples]))
+    if keys is None: keys = [(s.id,) for s in samples]
+    unique(keys)
+    asked = list(zip(samples, keys, strict=True))
     order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
     done = {}
     bar = logging.tqdm(total=len(samples) * (loop.steps + 1), disable=not progress, delay=5)
@@ -141,6 +156,7 @@ def _words_after(loop, episode):
     if iou(box, box): return prompt
     return loop.missing + prompt    # nothing is drawn without an area
 
+# %% ../nbs/06_loop.ipynb #86142817
 def go_on(
     vlm,        # VLM
     loop,       # Loop

@@ -6,13 +6,13 @@
 __all__ = ['ImageError', 'open_image', 'draw_box', 'format_of', 'Picture', 'show', 'stack', 'filmstrip']
 
 # %% ../nbs/02_render.ipynb #49e06528
-import io, math, re, textwrap
+import io, math, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .core import replace_file
-from .boxes import to_pixels
+from .boxes import area, to_pixels
 
 # %% ../nbs/02_render.ipynb #b7c7be43
 class ImageError(ValueError):
@@ -23,9 +23,9 @@ _FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')   # none that st
 def _decode(source):
     "A picture that is no PIL image yet as one, the way it is stored."
     if isinstance(source, np.ndarray): return _of_array(source)
-    if isinstance(source, bytes): return Image.open(io.BytesIO(source), formats=_FORMATS)
-    if re.match(r'\w+://', str(source)): raise ValueError('a URL; no network here')
-    return Image.open(source, formats=_FORMATS)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    if '://' in str(file): raise ValueError('a URL; no network here')
+    return Image.open(file, formats=_FORMATS)
 
 # %% ../nbs/02_render.ipynb #6dc72c97
 def _of_array(a):
@@ -49,8 +49,7 @@ def _flat(image):
             raise ValueError(f'pixels of mode {image.mode}')
         image = Image.fromarray((grey / 257).round().astype(np.uint8))  # 65535 is white
     if image.has_transparency_data:
-        white = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(white, image.convert('RGBA'))
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
 # %% ../nbs/02_render.ipynb #11426988
@@ -73,18 +72,16 @@ def draw_box(
 ):                      # RGB image of the same size
     "A copy of the picture with the box as a coloured veil and a line around it."
     out = open_image(image)
-    if box is None or box[0] >= box[2] or box[1] >= box[3]: return out
+    if box is None or not area(box): return out
     left, top, right, bottom = to_pixels(np.clip(box, 0, 1000), *out.size)
     x0 = min(round(left), out.width - 1)    # within the picture, and at least one pixel
     y0 = min(round(top), out.height - 1)
     x1 = max(round(right), x0 + 1)
     y1 = max(round(bottom), y0 + 1)
     part = out.crop((x0, y0, x1, y1))
-    veil = Image.new('RGB', part.size, fill)
-    out.paste(Image.blend(part, veil, alpha), (x0, y0))
+    out.paste(Image.blend(part, Image.new('RGB', part.size, fill), alpha), (x0, y0))
     if width is None: width = max(1, round(min(out.size) / 64))
-    line = ImageDraw.Draw(out)
-    line.rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
+    ImageDraw.Draw(out).rectangle((x0, y0, x1 - 1, y1 - 1), outline=fill, width=width)
     return out
 
 # %% ../nbs/02_render.ipynb #8715deaf
@@ -132,8 +129,7 @@ def _words(text, width, most=None):
     "A text as a picture `width` px wide; lines after the first `most` are left out."
     lines = _wrap(text or '', width, most)
     out = Image.new('RGB', (width, _LINE * len(lines)), 'white')
-    draw = ImageDraw.Draw(out)
-    draw.multiline_text((0, 0), '\n'.join(lines), 'black', _FONT, spacing=3)
+    ImageDraw.Draw(out).multiline_text((0, 0), '\n'.join(lines), 'black', _FONT, spacing=3)
     return out
 
 # %% ../nbs/02_render.ipynb #a1c0de09

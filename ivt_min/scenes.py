@@ -23,7 +23,7 @@ SHAPES = [  # width, height, px: all that are not square, up to 2 : 1
 
 # %% ../nbs/03_scenes.ipynb #133093ee
 DIALECTS = ('g', 'adv', 'l4')
-COLORS = dict(
+COLORS = {name: ImageColor.getrgb(code) for name, code in dict(
     red='#d72d2d',
     orange='#f08c19',
     yellow='#f0dc32',
@@ -31,28 +31,27 @@ COLORS = dict(
     blue='#2d5ad7',
     purple='#913cb9',
     black='#1c1c1c',
-    white='#fafafa')
-COLORS = {name: ImageColor.getrgb(code) for name, code in COLORS.items()}   # of three numbers
+    white='#fafafa').items()}   # of three numbers
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
-def _ngon(n, turn=0., inner=1.):
+def _ngon(n, inner=1.):
     "Corners of a regular polygon, every second one at `inner` of the radius, (n, 2)."
-    angle = np.arange(n) * 2 * np.pi / n + turn
+    angle = np.arange(n) * 2 * np.pi / n
     radius = np.where(np.arange(n) % 2, inner, 1.)
-    return np.stack([np.sin(angle) * radius, -np.cos(angle) * radius], 1)
+    return np.column_stack([np.sin(angle) * radius, -np.cos(angle) * radius])
 
 def _heart(t):
     "Points of a heart at the angles `t`, (n, 2)."
     x = 16 * np.sin(t) ** 3
     y = (-13 * np.cos(t) + 5 * np.cos(2 * t)
          + 2 * np.cos(3 * t) + np.cos(4 * t))
-    return np.stack([x, y], 1)
+    return np.column_stack([x, y])
 
 # %% ../nbs/03_scenes.ipynb #2d85653d
 def _points(text):
     "Corners (x, y) as an SVG lists them, (n, 2)."
-    return np.array([corner.split(',') for corner in text.split()], float)
+    return np.loadtxt(text.split(), delimiter=',')
 
 _DISC = _ngon(28)
 _CORNERS = dict(
@@ -61,7 +60,7 @@ _CORNERS = dict(
     triangle=_points('0,-1 1,1 -1,1'),
     diamond=_ngon(4),
     star=_ngon(10, inner=.42),
-    hexagon=_ngon(6, np.pi / 6),
+    hexagon=_points('.5,-1 1,0 .5,1 -.5,1 -1,0 -.5,-1'),
     cross=_points('-.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 '
                   '.36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36'),
     ring=np.concatenate([
@@ -110,15 +109,13 @@ def _ground(rng, on=SQUARE):
     across, down = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
     base = rng.uniform(135, 205) + rng.uniform(-14, 14, 3)
     style = rng.integers(4)
-    pixels = np.full((height, width, 3), base)
-    if style == 1:
-        pixels += (down * rng.uniform(-20, 20) + across * rng.uniform(-20, 20))[..., None]
-    if style == 2:
-        pixels += rng.normal(0, 9, (height // 4, width // 4, 1)).repeat(4, 0).repeat(4, 1)
+    shade = np.zeros((height, width))
+    if style == 1: shade += down * rng.uniform(-20, 20) + across * rng.uniform(-20, 20)
+    if style == 2: shade += rng.normal(0, 9, (height // 4, width // 4)).repeat(4, 0).repeat(4, 1)
     if style == 3:
         turns = rng.uniform(8, 30)
-        pixels += (np.sin((across if rng.random() < .5 else down) * turns) * 8)[..., None]
-    return pixels.clip(0, 255).astype(np.uint8)
+        shade += np.sin((across if rng.random() < .5 else down) * turns) * 8
+    return (base + shade[..., None]).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_scenes.ipynb #c7d74d1b
 _ROW, _COL = np.mgrid[:192, :192]     # of the largest picture
@@ -157,7 +154,7 @@ def paint(
         box = Image.fromarray(left).getbbox()
         seen = float(left.sum() / masks[i].sum())
         done.append(replace(thing, box=box, seen=seen))
-    return Image.fromarray(pixels), owner, tuple(done)
+    return Image.fromarray(pixels), owner, done
 
 # %% ../nbs/03_scenes.ipynb #86906bb9
 N_THINGS = dict(g=(2, 6), adv=(3, 7), l4=(3, 8))  # fewest, most
@@ -183,9 +180,8 @@ def _overlap(a, b):
 # %% ../nbs/03_scenes.ipynb #4b5eb9b6
 def _place(kind, color, pattern, size, things, rng, on=SQUARE):
     "A new thing where there is room for it; None if 12 tries find none."
-    low, high = RADII[size]
     for _ in range(12):
-        radius = rng.uniform(low, high)
+        radius = rng.uniform(*RADII[size])
         stretch = rng.uniform(-.12, .12)
         w = radius * (1 + stretch)
         h = radius * (1 - stretch)
@@ -196,9 +192,9 @@ def _place(kind, color, pattern, size, things, rng, on=SQUARE):
     return None
 
 # %% ../nbs/03_scenes.ipynb #43b4b203
-def _pick(rng, options):
-    "One of the options; of a dict, one of its keys."
-    return list(options)[rng.integers(len(options))]
+def _pick(rng, options, odds=None):
+    "One of the options, by default all alike; of a dict, one of its keys."
+    return list(options)[rng.choice(len(options), p=odds)]
 
 def arrange(
     dialect,    # one of DIALECTS
@@ -206,20 +202,20 @@ def arrange(
     on=SQUARE,    # width and height of the picture, px
 ):              # list of Things, back to front, not painted yet
     "Choose and place the things of a scene."
-    low, high = N_THINGS[dialect]
-    n = rng.integers(low, high + 1)
+    n = rng.integers(*N_THINGS[dialect], endpoint=True)
     kinds = rng.permutation(KINDS)[:3].tolist() if dialect == 'l4' else COMMON
     rival = _pick(rng, kinds)
     rivals = rng.integers(2, 4) if dialect == 'adv' else 0  # so many are of one kind
     things = []
     for i in range(n):
         kind = rival if i < rivals else _pick(rng, kinds)
-        size = list(RADII)[rng.choice(3, p=SIZE_ODDS[dialect])]
+        size = _pick(rng, RADII, SIZE_ODDS[dialect])
         color = _pick(rng, COLORS)
-        pattern = PATTERNS[rng.choice(3, p=PATTERN_ODDS)]
+        pattern = _pick(rng, PATTERNS, PATTERN_ODDS)
         thing = _place(kind, color, pattern, size, things, rng, on)
-        if thing is not None: things.append(thing)
-    return [things[i] for i in rng.permutation(len(things))]
+        if thing: things.append(thing)
+    rng.shuffle(things)
+    return things
 
 # %% ../nbs/03_scenes.ipynb #6daeeebc
 def _sure(distance, margin=MARGIN):
@@ -256,9 +252,9 @@ def describe(
 
 # %% ../nbs/03_scenes.ipynb #d5f92158
 def _has(thing, parts=_PARTS):
-    "The test that a description makes of other things."
-    said = [part for part in parts if getattr(thing, part) not in _UNSAID]
-    return lambda other: all(getattr(other, part) == getattr(thing, part) for part in said)
+    "The test whether all words of a description are true of another thing."
+    words = set(describe(thing, parts).split())
+    return lambda o: words <= {o.size, o.pattern, o.color, o.kind, 'object'}
 
 def name_of(
     thing,      # a Thing
@@ -285,17 +281,14 @@ def _middle(o):
     return _sure(.17 * SIDE - off, .05)
 
 # %% ../nbs/03_scenes.ipynb #4edbcef5
-_LEFT, _RIGHT, _TOP, _BOTTOM = map(_toward, DIRECTIONS)
-PLACES = {
-    'on the left': [_LEFT],
-    'on the right': [_RIGHT],
-    'at the top': [_TOP],
-    'at the bottom': [_BOTTOM],
-    'in the top left corner': [_TOP, _LEFT],
-    'in the top right corner': [_TOP, _RIGHT],
-    'in the bottom left corner': [_BOTTOM, _LEFT],
-    'in the bottom right corner': [_BOTTOM, _RIGHT],
-    'in the middle': [_middle]}
+def _tests_of(place):
+    "The tests of a place: whether a thing lies on each side that is named, or in the middle."
+    return [_toward(side) for side in DIRECTIONS if side in place] or [_middle]
+
+PLACES = {place: _tests_of(place) for place in (
+    'on the left', 'on the right', 'at the top', 'at the bottom',
+    'in the top left corner', 'in the top right corner',
+    'in the bottom left corner', 'in the bottom right corner', 'in the middle')}
 RELATIONS = dict(zip(('left of', 'right of', 'above', 'below'), DIRECTIONS.values()))
 
 # %% ../nbs/03_scenes.ipynb #94277479
@@ -318,7 +311,7 @@ def _ask_g(thing, things, rng):
         mark = _pick(rng, [o for o in things if o is not thing])
         name = name_of(mark, things)
         relation = _pick(rng, RELATIONS)
-        if name is None: return text, None
+        if not name: return text, None
         text += f' that is {relation} the {name}'
         tests.append(_stands(relation, mark))
     return text, _only(things, *tests)
@@ -326,7 +319,7 @@ def _ask_g(thing, things, rng):
 # %% ../nbs/03_scenes.ipynb #46eefe93
 def _by_mark(style, same, relation, mark, name):
     "What a sentence says of one of the same kind by a landmark, and the thing that it means."
-    if name is None: return '', None
+    if not name: return '', None
     rest = [o for o in same if o is not mark]
     if style < 2: return f'{relation} the {name}', _only(rest, _stands(relation, mark))
     if style == 2:
@@ -334,16 +327,13 @@ def _by_mark(style, same, relation, mark, name):
     return f'closest to the {name}', _first(rest, lambda o: math.dist(o.center, mark.center))
 
 # %% ../nbs/03_scenes.ipynb #5ff98282
-def _by_denial(style, same, rival, colors):
-    "What a sentence says of one of the same kind by what it is not, and the thing that it means."
-    if style == 4:
-        return f'that is not {rival.color}', _only(same, lambda o: o.color != rival.color)
-    if style == 5 and len(colors) == 2:
-        said = f'that is neither {colors[0]} nor {colors[1]}'
-        return said, _only(same, lambda o: o.color not in colors)
-    if style == 6 and rival.pattern != 'plain':
-        return f'that is not {rival.pattern}', _only(same, lambda o: o.pattern != rival.pattern)
-    return '', None
+def _by_denial(style, rival, rivals):
+    "What a sentence denies of one of the same kind, and the words that are not true of it."
+    colors = sorted({o.color for o in rivals})[:2]
+    if style == 4: return f'not {rival.color}', [rival.color]
+    if style == 5 and len(colors) == 2: return f'neither {colors[0]} nor {colors[1]}', colors
+    if style == 6 and rival.pattern != 'plain': return f'not {rival.pattern}', [rival.pattern]
+    return '', []
 
 # %% ../nbs/03_scenes.ipynb #7c5529c5
 def _ask_adv(thing, things, rng):
@@ -365,10 +355,10 @@ def _ask_adv(thing, things, rng):
         return text, _only([thing, *alike], lambda o: o.kind != wrong)
     if style < 4:
         said, meant = _by_mark(style, same, relation, mark, name)
-    else:
-        colors = sorted({o.color for o in rivals})[:2]
-        said, meant = _by_denial(style, same, rival, colors)
-    return f'the {thing.kind} {said}', meant
+        return f'the {thing.kind} {said}', meant
+    said, words = _by_denial(style, rival, rivals)
+    meant = _only(same, lambda o: o.color not in words and o.pattern not in words)
+    return f'the {thing.kind} that is {said}', meant
 
 # %% ../nbs/03_scenes.ipynb #ae439cb5
 def _ask_l4(thing, things, rng):
@@ -377,7 +367,7 @@ def _ask_l4(thing, things, rng):
     style = rng.integers(5)
     side = _pick(rng, DIRECTIONS)
     name = describe(thing, parts)
-    group = [o for o in things if _has(thing, parts)(o)]
+    group = list(filter(_has(thing, parts), things))
     axis, sign = DIRECTIONS[side]
     def along(o): return -sign * o.center[axis]
     if style == 0:
@@ -392,8 +382,7 @@ def _ask_l4(thing, things, rng):
     if style == 3:
         place = _pick(rng, PLACES)
         return f'the {name} {place}', _only(group, *PLACES[place])
-    if style == 4 and parts: return f'the {name}', _only(group)
-    return '', None
+    return f'the {name}', _only(group) if style == 4 else None
 
 # %% ../nbs/03_scenes.ipynb #b2ea18bb
 def draw_scene(
@@ -426,12 +415,11 @@ def draw_sample(
 ):        # Sample
     "A scene, a question; meta: boxes of all things (permille), target (index), size, area, seen."
     dialect = DIALECTS[i % 3]
-    image, things, asked = draw_scene(dialect, rng(*keys, i), on=on)
-    text, target = asked[0]
+    image, things, [(text, target)] = draw_scene(dialect, rng(*keys, i), on=on)
     thing = things[target]
     boxes = [to_permille(t.box, *on) for t in things]
-    share = thing.area / math.prod(on)
-    meta = dict(boxes=boxes, target=target, size=thing.size, area=share, seen=thing.seen)
+    meta = dict(boxes=boxes, target=target, size=thing.size,
+                area=thing.area / math.prod(on), seen=thing.seen)
     return Sample(id, dialect, text, boxes[target], image, meta)
 
 # %% ../nbs/03_scenes.ipynb #04583774
@@ -443,8 +431,8 @@ def split(
 ):              # list of Samples; ValueError on an unknown name
     "The samples of a split of the benchmark."
     if name not in SIZES: raise ValueError(f'no split {name!r}: choose from {", ".join(SIZES)}')
-    def on(i): return SHAPES[i // 3 % len(SHAPES)] if name == 'shapes' else SQUARE
-    return [draw_sample(f'{name}-{i:04d}', i, 'scene', name, on=on(i))
+    sizes = SHAPES if name == 'shapes' else [SQUARE]
+    return [draw_sample(f'{name}-{i:04d}', i, 'scene', name, on=sizes[i // 3 % len(sizes)])
             for i in range(SIZES[name])[:n]]
 
 # %% ../nbs/03_scenes.ipynb #bc7bc553

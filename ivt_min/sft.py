@@ -15,7 +15,7 @@ from .boxes import format_box
 from .model import encode, words_of
 from .answer import Turn, closed, score
 from .loop import Loop, rollout, transcript
-from .train import Run, fingerprint, ranks, total
+from .train import Run, fingerprint, ranks, samples_hash, total
 
 # %% ../nbs/11_sft.ipynb #a8ca85ab
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def train_sft(
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
-    told = [(x.id, x.expression, x.truth, trace) for x, trace in lessons]
+    told = [(samples_hash([x]), trace) for x, trace in lessons]
     lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
     run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), lessons=told))
     for step in run:

@@ -9,6 +9,7 @@ __all__ = ['PROMPT', 'words_for', 'prompted_teacher', 'user_message', 'served', 
 import base64, hashlib, json, os, re, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import HTTPError, Request, urlopen
@@ -51,9 +52,9 @@ def user_message(
     small = image.copy()
     small.thumbnail((width, max_pixels / width))    # it is never made larger
     data = base64.b64encode(Picture(small)._bytes('PNG')).decode()
-    shown = dict(url=f'data:image/png;base64,{data}')
-    return dict(role='user', content=[dict(type='image_url', image_url=shown),
-                                      dict(type='text', text=text)])
+    return dict(role='user', content=[
+        dict(type='image_url', image_url=dict(url=f'data:image/png;base64,{data}')),
+        dict(type='text', text=text)])
 
 # %% ../nbs/22_teachers.ipynb #765820dc
 def _confidence(told):
@@ -61,14 +62,14 @@ def _confidence(told):
     if not told: return None
     from ivt_min.answer import box_confidence
     tokens = [t['token'] for t in told]
-    edges = [len(''.join(tokens[:k])) for k in range(len(tokens) + 1)]
+    edges = [0, *accumulate(map(len, tokens))]
     return box_confidence(''.join(tokens), edges, [t['logprob'] for t in told])
 
 # %% ../nbs/22_teachers.ipynb #40e1cdb6
 def _reply(request, timeout):
     "What a server answers: its text, and how sure it was of its box."
-    with urlopen(request, timeout=timeout) as answer: data = answer.read(10**6)
-    choice = json.loads(data)['choices'][0]
+    with urlopen(request, timeout=timeout) as answer:
+        choice = json.loads(answer.read(10**6))['choices'][0]
     told = choice.get('logprobs') or {}
     reply = dict(text=choice['message']['content'].strip(),
                  confidence=_confidence(told.get('content')))
@@ -145,8 +146,8 @@ def served_teacher(
 ):                  # a teacher; a text is None where there was no answer
     "A teacher behind a URL."
     def request(look):
-        message = user_message(words_for(look, prompt), look.shown)
-        return dict(temperature=0, max_tokens=200, messages=[message])
+        return dict(temperature=0, max_tokens=200,
+                    messages=[user_message(words_for(look, prompt), look.shown)])
     def teacher(looks): return [reply['text'] for reply in ask(request, looks)]
     return teacher
 
@@ -163,15 +164,15 @@ def served_policy(
     from ivt_min.loop import Turn, _words_after, picture
     if loop.form != 'turn': raise ValueError(f'form {loop.form!r}: a server takes turns only')
     def request(episode):
-        question = prompt.replace('{expression}', words_of(episode.sample))
-        messages = [user_message(question, episode.image, max_pixels)]
+        messages = [user_message(prompt.replace('{expression}', words_of(episode.sample)),
+                                 episode.image, max_pixels)]
         for turn, box in zip(episode.turns, episode.drawn):
             then = replace(episode, drawn=(box,))
             shown = user_message(_words_after(loop, then), picture(loop, then), max_pixels)
             messages += [dict(role='assistant', content=turn.text), shown]
-        seed = int(rng(*episode.key, len(episode.turns)).integers(2**31))
         return dict(temperature=loop.temperature, max_tokens=loop.max_tokens, logprobs=logprobs,
-                    seed=seed, messages=messages)
+                    seed=int(rng(*episode.key, len(episode.turns)).integers(2**31)),
+                    messages=messages)
     def policy(episodes, memory=None):
         replies = ask(request, episodes)
         left = [e.sample.id for e, r in zip(episodes, replies) if r['text'] is None]

@@ -9,7 +9,7 @@ __all__ = ['STAY', 'errors_of', 'interpolate', 'Look', 'scripted_teacher', 'stat
 import math
 import re
 from dataclasses import dataclass
-from .core import rng, settings_hash
+from .core import rng, settings_hash, unique
 from .boxes import iou
 from .render import draw_box
 
@@ -182,13 +182,15 @@ def check(
 # %% ../nbs/09_traces.ipynb #304dd104
 def write_traces(
     trajectories,   # list of Trajectory, from whose first boxes the way begins
-    samples,        # list of core.Sample, theirs
+    samples,        # list of core.Sample, theirs; ValueError where one is missing, or twice
     teacher,        # function of a list of Looks -> a text for each, or None
     name,           # the teacher's
     steps=2,        # T
     prompt='',      # what the teacher was told
 ):                  # list of dicts: id, source, box, targets, texts, faults, teacher, prompt_hash
     "The traces of a teacher; those with faults are kept and marked."
+    alone = unique(t.id for t in trajectories) - unique(x.id for x in samples)
+    if alone: raise ValueError(f'{min(alone)}: no such sample')
     images = {x.id: x.image for x in samples}
     looks = []
     for t in trajectories:

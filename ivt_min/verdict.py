@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import log
-from pathlib import Path
 import torch
 from PIL import Image
-from transformers.utils import logging
 from .core import Sample
-from .boxes import format_box, iou, parse_box, to_pixels
-from .render import filmstrip, open_image
+from .boxes import format_box, iou, parse_box, to_permille, to_pixels
+from .render import filmstrip
 from .model import VLM, collate, encode, forward, load, question, words_of
 from .answer import Turn, answer, closed
 from .loop import Loop, _start, go_on, model_policy, record, rollout
@@ -47,12 +45,16 @@ class Views(Loop):
     prompt: str = 'See the red box: {expression}'   # asks for the verdict
     verdict: tuple = (' yes', ' no')    # the words for right and wrong, each one token
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps >= len(_WAYS): raise ValueError(f'steps: {self.steps}, over 7')
+
 # %% ../nbs/13_verdict.ipynb #dcc0e805
 def _as_seen(turn, size, by):
     "A turn about a picture that was moved by some px, as if it were about the picture itself."
     box = parse_box(turn.text).box
     if box is None: return turn
-    moved = [1000 * d / side for d, side in zip(by, size)] * 2
+    moved = to_permille(by * 2, *size)
     there = [min(1000, max(0, v - d)) for v, d in zip(box, moved)]
     return replace(turn, text=format_box(there))
 
@@ -78,8 +80,8 @@ def places(boxes):  # one a step, permille, or None
     found = []
     for box in filter(None, boxes):
         here = next((place for place in found if iou(place[0], box) >= .5), None)
-        if here is None: found.append([box])
-        else: here.append(box)
+        if here: here.append(box)
+        else: found.append([box])
     return {boxes.index(RULES['medoid'](place, ())): len(place) for place in found}
 
 # %% ../nbs/13_verdict.ipynb #d5c0aedf
@@ -88,10 +90,12 @@ def verdict_ids(
     loop,   # Views
 ):          # two ids; raises ValueError that names a word
     "The tokens of the two verdicts."
-    found = [encode(vlm, word) for word in loop.verdict]
-    for word, ids in zip(loop.verdict, found):
+    found = []
+    for word in loop.verdict:
+        ids = encode(vlm, word)
         if len(ids) != 1: raise ValueError(f'verdict {word!r}: {len(ids)} tokens of {vlm.name}')
-    return sum(found, [])
+        found += ids
+    return found
 
 # %% ../nbs/13_verdict.ipynb #2cee2471
 def shown(
@@ -126,7 +130,8 @@ def keep(
     episode,    # of `views`
 ):              # the same with verdicts, and the box that is kept
     "Judge what the answers dispute, and keep the place with the most for it."
-    there, odds = places(episode.boxes), {}
+    there = places(episode.boxes)
+    odds = {}
     if len(there) > 1:
         asked = [shown(vlm, loop, episode.sample, episode.boxes[i]) for i in there]
         odds = dict(zip(there, judge(vlm, loop, asked)))
@@ -179,27 +184,21 @@ class Refinement:
 
     def to_dict(self)->dict:    # for JSON
         "All but the picture."
-        return dict(expression=self.expression, steps=tuple(asdict(step) for step in self.steps),
-                    final=self.final, size=self.size)
+        row = asdict(self)
+        del row['picture']
+        return row
 
 # %% ../nbs/13_verdict.ipynb #f1248236
 def _found(episode):
     "A finished episode as a Refinement."
-    done, size = record(episode), episode.image.size
-    def px(box): return None if box is None else to_pixels(box, *size)
+    done = record(episode)
+    size = episode.image.size
+    def px(box): return box and to_pixels(box, *size)
     verdicts = done.verdicts or [None] * len(done.boxes)
-    boxes = map(px, done.boxes)
-    steps = tuple(map(Step, done.texts, boxes, done.confidences, done.notes, verdicts))
-    strip = filmstrip(episode.image, done.boxes, title=done.expression)
-    return Refinement(done.expression, steps, px(episode.held), size, strip)
-
-# %% ../nbs/13_verdict.ipynb #f6a217ce
-def _pairs(image, expression):
-    "The pictures and what to look for in each; ValueError where they are not as many."
-    n = [len(v) for v in (image, expression) if isinstance(v, list)] or [1]
-    if len({*n}) > 1: raise ValueError(f'{n[0]} pictures, but {n[1]} expressions')
-    images, texts = (v if isinstance(v, list) else [v] * n[0] for v in (image, expression))
-    return list(zip(images, texts))
+    steps = tuple(map(Step, done.texts, map(px, done.boxes), done.confidences, done.notes,
+                      verdicts))
+    return Refinement(done.expression, steps, px(episode.held), size,
+                      filmstrip(episode.image, done.boxes, title=done.expression))
 
 # %% ../nbs/13_verdict.ipynb #95275afd
 def check_pictures(
@@ -207,10 +206,14 @@ def check_pictures(
     expression,     # as for `refine`
 ):                  # list of core.Sample; raises as `refine` does
     "The samples that `refine` is asked for, each looked at before the work begins."
-    pairs = _pairs(image, expression)
+    images = image if isinstance(image, list) else [image]
+    texts = expression if isinstance(expression, list) else [expression] * len(images)
+    if not isinstance(image, list): images = images * len(texts)
+    n = len(images)
+    if n != len(texts): raise ValueError(f'{n} pictures, but {len(texts)} expressions')
     samples = []
-    for k, (given, text) in enumerate(pairs, 1):
-        name = f'picture {k} of {len(pairs)}' if len(pairs) > 1 else 'picture'
+    for k, (given, text) in enumerate(zip(images, texts), 1):
+        name = f'picture {k} of {n}' if n > 1 else 'picture'
         sample = Sample(name, '', text, (0, 0, 1, 1), given)
         words_of(sample)
         samples.append(replace(sample, image=_start(sample, ()).image))
@@ -257,9 +260,7 @@ def refine(
 )->Refinement:      # a list of them for a list; raises ValueError or TypeError before any work
     "Find what the words mean, look at the answer, and find it better."
     samples = check_pictures(image, expression)
-    if steps is not None:
-        if type(steps) is not int: raise TypeError(f'steps: {steps!r}, no int')
-        if steps < 0: raise ValueError(f'steps: {steps} is below 0')
+    if steps is not None: Loop(steps)   # which refuses what is no number of steps
     with free_cores():
         vlm = model if isinstance(model, VLM) else _loaded(model, device)
         loop = loop_of(vlm, steps, loop)

@@ -90,7 +90,7 @@ def test_pictures_of_any_mode(vlm, mode):
         image = Image.fromarray(grey)
     else:
         image = image.convert(mode)
-    same, found = ground(vlm, [sample(split("val", 1)[0].image), sample(image)])
+    same, found = ground(vlm, [sample(split("val", 1)[0].image), sample(image, name=mode)])
     if mode == "RGBA":
         assert found.texts == same.texts and found.boxes[0] is not None
     if mode in ("L", "LA"):

@@ -312,7 +312,8 @@ def noisy():
 
 def ids(vlm, samples, batch=8):
     loop = Loop(max_tokens=20)
-    eps = rollout(model_policy(vlm, loop), samples, loop, batch=batch, progress=False)
+    keys = [(k,) for k in range(len(samples))]
+    eps = rollout(model_policy(vlm, loop), samples, loop, keys=keys, batch=batch, progress=False)
     return [[t.ids for t in e.turns] for e in eps], eps, loop
 
 
