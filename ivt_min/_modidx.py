@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ivt_min.train._resume': ('train.html#_resume', 'ivt_min/train.py'),
                                'ivt_min.train._sweep': ('train.html#_sweep', 'ivt_min/train.py'),
                                'ivt_min.train._tensor_hash': ('train.html#_tensor_hash', 'ivt_min/train.py'),
+                               'ivt_min.train._told': ('train.html#_told', 'ivt_min/train.py'),
                                'ivt_min.train._update': ('train.html#_update', 'ivt_min/train.py'),
                                'ivt_min.train._whole': ('train.html#_whole', 'ivt_min/train.py'),
                                'ivt_min.train.add_lora': ('train.html#add_lora', 'ivt_min/train.py'),

@@ -111,9 +111,9 @@ def check_whole(
     folder,         # of a model or adapter, a Path
     sha256=None,    # what `folder_hash` must say, where that is known
 ):                  # nothing; raises ValueError that names the file and the tensor
-    "Refuse weights that are pickled, torn, not finite, or exchanged."
+    "Refuse weights that are pickled (they are not opened), torn, not finite, or exchanged."
     files = sorted(folder.glob(WEIGHTS[0]))
-    if not files: raise ValueError(f'{folder}: no weights as safetensors; others are not opened')
+    if not files: raise ValueError(f'{folder}: no weights as safetensors')
     for path in files:
         try:
             with safe_open(path, 'pt') as file:
@@ -124,9 +124,8 @@ def check_whole(
         raise ValueError(f'{folder}: its files are not those that its ivt.json names')
 
 # %% ../nbs/04_model.ipynb #2424ac0c
-_ABOUT = dict(  # field of ivt.json -> its kind
-    run=str, base=str, base_sha256=str, sha256=str, loop=dict, prompt=str, pixels=list,
-    dtype=str, nf4=bool, attention=str, made_for=str)
+_ABOUT = dict(run=str, base=str, base_sha256=str, sha256=str, loop=dict, prompt=str,
+              pixels=list, dtype=str, nf4=bool, attention=str, made_for=str)
 
 def _about(folder):
     "What the ivt.json of a folder says, {} without one; ValueError names a wrong field."
@@ -480,7 +479,8 @@ def _with_adapter(folder, about, name, *options):
         raise ValueError(f'{folder}/adapter_config.json: {e}') from e
     config.inference_mode = True
     vlm = _base_of(folder, about, config.base_model_name_or_path, options)
-    add_adapter(vlm, config, name)
+    try: add_adapter(vlm, config, name)
+    except ValueError as e: raise ValueError(f'{folder}/adapter_config.json: {e}') from e
     odd = _misfits(weights, adapter_weights(vlm, name))
     if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
     set_adapter_weights(vlm, name, weights)

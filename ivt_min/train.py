@@ -310,6 +310,19 @@ class Run:
         if done % self.s.every == 0 or done == self.s.steps: self._keep(done)
 
 # %% ../nbs/10_train.ipynb #e6362f1d
+def _told(vlm, loop, run, base):
+    "What lies beside an adapter: all that it was taught with."
+    base = base or vlm.model.name_or_path
+    if Path(base).is_dir(): base = str(Path(base).resolve())
+    below = folder_of(base, local=True)
+    size = vlm.processor.size
+    return dict(
+        run=run, base=None if below == data_path('tiny').resolve() else base,
+        base_sha256=folder_hash(below, WEIGHTS), loop=asdict(loop), prompt=vlm.prompt,
+        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
+        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
+        attention=vlm.model.config._attn_implementation)
+
 def save_adapter(
     vlm,        # VLM
     name,       # of its adapter
@@ -319,24 +332,16 @@ def save_adapter(
     base=None,  # adapter that was merged before; by default the model itself
 ):
     "Write an adapter as a plain PEFT folder in bf16, with its base and its loop beside it."
-    folder, size = Path(folder), vlm.processor.size
+    folder = Path(folder)
     weights = {key: v.bfloat16().cpu().contiguous()
                for key, v in adapter_weights(vlm, name).items()}
     odd = _misfits(weights, weights)
     if odd: raise ValueError(f'{odd[0]} is not finite')
-    source = base or vlm.model.name_or_path
-    base = str(Path(source).resolve()) if Path(source).is_dir() else source
-    below = folder_of(base, local=True)
-    if below == data_path('tiny').resolve(): base = None
-    about = dict(
-        run=run, base=base, base_sha256=folder_hash(below, WEIGHTS), loop=asdict(loop),
-        prompt=vlm.prompt, pixels=(size['shortest_edge'], size['longest_edge']),
-        dtype=str(vlm.model.dtype), nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
-        attention=vlm.model.config._attn_implementation)
-    write_json(folder/'ivt.json', dict(about, sha256='unfinished'))     # until all is there
+    told = _told(vlm, loop, run, base)
+    write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
     _sweep(folder)
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
     config = vlm.model.peft_config[name].to_dict() | dict(
-        base_model_name_or_path=base or 'tiny', inference_mode=True)
+        base_model_name_or_path=told['base'] or 'tiny', inference_mode=True)
     write_json(folder/'adapter_config.json', config)
-    write_json(folder/'ivt.json', dict(about, sha256=folder_hash(folder)))
+    write_json(folder/'ivt.json', dict(told, sha256=folder_hash(folder)))

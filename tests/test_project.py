@@ -26,7 +26,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if ".ipynb_" 
 NAME = [p.name for p in NOTEBOOKS]
 
 DEPENDENCIES = {"torch", "transformers", "peft", "bitsandbytes", "PIL", "numpy",
-                "safetensors", "huggingface_hub"}  # the last one comes with transformers
+                "safetensors", "huggingface_hub", "filelock"}  # the last two come with transformers
 LIGHT = {"core", "boxes", "render", "scenes", "datasets", "evaluate", "columns", "traces",
          "teachers"}
 OPTIONAL = {"pyarrow"}  # asked for by name where it is missing
