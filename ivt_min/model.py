@@ -72,16 +72,14 @@ def find_model(name=None):  # of what comes along, folder, hub name (owner/name)
 def _from_hub(name, local):
     "The folder of a model or adapter of the hub, fetched unless it is there; OSError in one line."
     wanted = '*.json', '*.jinja', '*.txt', '*.safetensors'  # nothing that could run
-    hub = 'for a base the hub is not asked: load it by its name first' if local else \
-          'the hub is out of reach'
     try: return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local))
     except RepositoryNotFoundError: raise FileNotFoundError(
         f'no model {name} on the hub, or not for everybody') from None
     except Exception as e:  # no network, or none wanted
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise OSError(f'{name}: {hub}, and the model is not in the cache '
-                      f'of this machine ({why})') from None
+        raise OSError(f'{name}: not in the cache of this machine, and the hub is out of reach '
+                      f'or not to be asked ({type(e).__name__})') from None
 
+# %% ../nbs/04_model.ipynb #b1fcbb43
 def folder_of(
     name,           # as for `find_model`
     local=False,    # whether the hub is not to be asked: what a file names is no wish of the user

@@ -75,6 +75,7 @@ def _checkpoints(folder):
     found = [path for path in Path(folder).glob('[0-9]*') if re.fullmatch(r'\d{6,}', path.name)]
     return sorted(found, key=lambda path: int(path.name))
 
+# %% ../nbs/10_train.ipynb #9a0fb7a3
 def save_checkpoint(
     folder,     # of the run
     step,       # updates done
@@ -103,6 +104,7 @@ def _whole(checkpoint):
         if whole and state['sha256'] == hashlib.sha256(data).hexdigest():
             return state, safe.load(data)
 
+# %% ../nbs/10_train.ipynb #15bfb934
 def last_checkpoint(
     folder,     # of the run
     digest,     # its "settings_hash"
@@ -222,6 +224,7 @@ def _sweep(folder):
     for path in folder.glob('.*.tmp'):
         if re.fullmatch(r'\..+\.\d+\.tmp', path.name): path.unlink()
 
+# %% ../nbs/10_train.ipynb #90b9df3d
 @contextmanager
 def alone(folder):  # of a run, is made
     "While this is open, no other program works in the folder: ValueError says which one does."
@@ -239,22 +242,29 @@ def alone(folder):  # of a run, is made
     finally: lock.release()
 
 # %% ../nbs/10_train.ipynb #8b88d59e
+def _keep(run, step):
+    "The first process writes a checkpoint."
+    if ranks()[0]: return
+    state = dict(settings_hash=run.digest, given=run.given, log=run.log)
+    save_checkpoint(run.folder, step, pack(run.params, run.opt), state)
+
 def _resume(run):
-    "Step and log where a run goes on; parameters and optimiser are put there, too."
-    start, tensors, state = last_checkpoint(run.folder, run.digest)
-    rank, n_ranks = ranks()
-    if total(start) != n_ranks * start:
-        raise ValueError(f'{run.folder}: other processes see another checkpoint')
+    "Put a run where it goes on: its step and log, parameters and optimiser."
     weights = run.params.values()
-    run.given = settings_hash([*map(_tensor_hash, weights)])
+    run.start, tensors, state = last_checkpoint(run.folder, run.digest)
+    if total(run.start) != ranks()[1] * run.start:
+        raise ValueError(f'{run.folder}: other processes see another checkpoint')
+    given = settings_hash([*map(_tensor_hash, weights)])
+    run.given, run.log = state.get('given', given), state.get('log', [])
     moved = any(getattr(p, 'moved_by', '') == run.digest for p in weights)  # and stopped, here
-    if moved and not state or not moved and state.get('given', run.given) != run.given:
+    if moved and not state or not moved and run.given != given:
         raise ValueError(f'{run.folder}: the run began with other weights than these')
-    if moved: run.given = state['given']
     unpack(run.params, run.opt, tensors)
     for p in weights: p.moved_by, p.grad = run.digest, None
-    return start, state.get('log', [])
+    if ranks()[0] == 0: write_jsonl(run.folder/'log.jsonl', run.log)
+    if not state: _keep(run, 0)
 
+# %% ../nbs/10_train.ipynb #80559051
 def _update(params, opt, clip, loss):
     "One update from the gradients of all processes: their norm, and whether it was made."
     for p in params.values():
@@ -281,17 +291,10 @@ class Run:
 
     def __iter__(self):
         with alone(self.folder):
-            self.start, self.log = _resume(self)
-            if ranks()[0] == 0: write_jsonl(self.folder/'log.jsonl', self.log)
-            if self.start == 0: self._keep(0)
+            _resume(self)
             for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
                                           total=self.s.steps):
                 yield self.step
-
-    def _keep(self, step):
-        if ranks()[0]: return
-        state = dict(settings_hash=self.digest, given=self.given, log=self.log)
-        save_checkpoint(self.folder, step, pack(self.params, self.opt), state)
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
         "One update from the gradients of all processes."
@@ -307,7 +310,7 @@ class Run:
         if [r['norm'] for r in self.log[-3:]] == [None] * 3:
             raise ValueError(f'update {self.step}: loss or gradient not finite, 3 in a row')
         done = self.step + 1
-        if done % self.s.every == 0 or done == self.s.steps: self._keep(done)
+        if done % self.s.every == 0 or done == self.s.steps: _keep(self, done)
 
 # %% ../nbs/10_train.ipynb #e6362f1d
 def _told(vlm, loop, run, base):
@@ -323,6 +326,7 @@ def _told(vlm, loop, run, base):
         nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
         attention=vlm.model.config._attn_implementation)
 
+# %% ../nbs/10_train.ipynb #5a74897b
 def save_adapter(
     vlm,        # VLM
     name,       # of its adapter
