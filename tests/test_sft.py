@@ -1,4 +1,5 @@
 """SFT: the loop's own ids, a gradient that knows no batches, a run that survives being killed."""
+import json
 import math
 import subprocess
 import sys
@@ -334,15 +335,148 @@ def test_an_adapter_is_handed_on(noisy, tmp_path):
     assert ids(told, few)[0] == ids(noisy, few)[0]
 
 
+# ---- stopped, and called again in the same process
+
+def stopped_at(monkeypatch, name, count):
+    """A KeyboardInterrupt at the n-th call of a function that the training calls."""
+    modules = [module for module in (train, sft) if hasattr(module, name)]
+    inner, calls = getattr(modules[0], name), iter(range(10**6))
+
+    def once(*args, **kw):
+        if next(calls) == count: raise KeyboardInterrupt
+        return inner(*args, **kw)
+    for module in modules: monkeypatch.setattr(module, name, once)
+
+
+TEN = [("make_row", 1), ("fingerprint", 0), ("unpack", 0), ("save_checkpoint", 0), ("sft_loss", 1), ("sft_loss", 5),
+       ("_update", 0), ("_update", 3), ("append_jsonl", 2), ("save_checkpoint", 2), ("write_json", 1), ("rate", 4)]
+
+
+def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch):
+    """Whether before the first checkpoint or after one, with a gradient half added up, or in a write."""
+    s = replace(TINY, steps=6, every=2, batch=2, micro=1)
+    vlm, params = fresh(s)
+    log = train_sft(vlm, params, singles(5), s, tmp_path / "whole")
+    whole = {n: p.detach().clone() for n, p in params.items()}
+    for k, (name, count) in enumerate(TEN):
+        vlm, params = fresh(s)
+        for stop in ((name, count), ("sft_loss", 1)):   # the second time with half a gradient
+            with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+                stopped_at(m, *stop)
+                train_sft(vlm, params, singles(5), s, tmp_path / str(k))
+        assert train_sft(vlm, params, singles(5), s, tmp_path / str(k)) == log, name
+        assert all(torch.equal(p, whole[n]) for n, p in params.items()), name
+        assert all(p.grad is None for p in params.values())
+
+
+def test_a_run_goes_on_from_what_it_began_with(tmp_path):
+    """Other first weights, or weights that a stopped run has moved and whose checkpoints are gone: refused."""
+    s = replace(TINY, steps=4, every=2)
+    vlm, params = fresh(s)
+    first = {n: p.detach().clone() for n, p in params.items()}
+    train_sft(vlm, params, singles(3), s, tmp_path / "a")
+    with pytest.raises(ValueError, match="other weights"):
+        train_sft(vlm, params, singles(3), s, tmp_path / "b")
+    other, params = fresh(s)
+    with torch.no_grad(): next(iter(params.values())).add_(1e-3)
+    with pytest.raises(ValueError, match="other weights"):
+        train_sft(other, params, singles(3), s, tmp_path / "a")
+    again, params = fresh(s)
+    assert all(torch.equal(p, first[n]) for n, p in params.items())
+    assert len(train_sft(again, params, singles(3), s, tmp_path / "a")) == 4
+
+
+def changes(vlm):
+    """What a run depends on, changed one at a time: name -> a function that changes it and gives the lessons."""
+    few = singles(3)
+    dark = [(replace(x, image=x.image.point(lambda v: v // 2)), t) for x, t in few]
+    def weight():
+        with torch.no_grad(): vlm.model.model.visual.blocks[0].mlp.linear_fc1.weight[3, 39] += 1e-3
+        return vlm, few
+    def prompt(): return replace(vlm, prompt="Find: {expression}"), few
+    def pixels():
+        vlm.processor.size = dict(vlm.processor.size, longest_edge=9216)
+        return vlm, few
+    def mean():
+        vlm.processor.image_mean = [.4, .5, .5]
+        return vlm, few
+    def template():
+        vlm.tokenizer.chat_template += " "
+        return vlm, few
+    return dict(weight=weight, prompt=prompt, pixels=pixels, mean=mean, template=template,
+                picture=lambda: (vlm, dark), words=lambda: (vlm, [(replace(x, expression="it"), t) for x, t in few]),
+                order=lambda: (vlm, few[::-1]), id=lambda: (vlm, [(replace(x, id=x.id + "a"), t) for x, t in few]))
+
+
+@pytest.mark.parametrize("what", changes(None))
+def test_a_run_of_something_else_does_not_go_on(tmp_path, what):
+    vlm, params = fresh(TINY)
+    train_sft(vlm, params, singles(3), replace(TINY, steps=1), tmp_path)
+    vlm, params = fresh(TINY)
+    other, lessons = changes(vlm)[what]()
+    with pytest.raises(ValueError, match="another run"):
+        train_sft(other, params, lessons, replace(TINY, steps=1), tmp_path)
+
+
+def test_what_is_not_its_own_stays(tmp_path):
+    """Folders and files of the user in a run's folder, also inside an old checkpoint; seven digits count as a number."""
+    for name in ("0-my-notes", "2024", "12 old", "000000"): (tmp_path / name).mkdir()
+    for name in ("0-my-notes/a.txt", "notes.txt", "000000/mine.txt", ".hidden.tmp"): (tmp_path / name).write_text("mine")
+    vlm, params = fresh(TINY)
+    train_sft(vlm, params, singles(3), replace(TINY, steps=4, every=1), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"0-my-notes", "2024", "12 old", "notes.txt", ".hidden.tmp"}
+    assert (tmp_path / "000000" / "mine.txt").read_text() == "mine"
+    for k in (999_998, 999_999, 1_000_000): train.save_checkpoint(tmp_path, k, {}, dict(settings_hash="s"))
+    assert last_checkpoint(tmp_path, "s")[0] == 1_000_000
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m | dict(step=400), lambda m: {k: v for k, v in m.items() if k != "sha256"}, lambda m: m | dict(more=1),
+    lambda m: {k: v for k, v in m.items() if k != "settings_hash"}, lambda m: m | dict(log=[]), lambda m: [m],
+    lambda m: m | dict(sha256=5), lambda m: m | dict(whole=None), lambda m: {}, lambda m: None,
+    lambda m: m | dict(given="0"), lambda m: m | dict(settings_hash=None)])
+def test_a_manifest_that_was_changed_does_not_count(tmp_path, change):
+    for k in (2, 4): train.save_checkpoint(tmp_path, k, dict(x=torch.ones(2)), dict(settings_hash="s", log=[k], given="g"))
+    path = tmp_path / "000004" / "manifest.json"
+    path.write_text(json.dumps(change(read_json(path))))
+    assert last_checkpoint(tmp_path, "s")[0] == 2
+
+
+# ---- two at once
+
+TWICE = """
+import sys, time
+from ivt_min.train import alone
+with alone(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_programs_do_not_share_a_folder(tmp_path):
+    """The second is told who has it; the lock of one that was killed is free, its torn files are gone."""
+    first = subprocess.Popen([sys.executable, "-c", TWICE, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "in\n"
+    torn = tmp_path / f".log.jsonl.{first.pid}.tmp"
+    torn.write_text("half of a ro")
+    vlm, params = fresh(TINY)
+    with pytest.raises(ValueError, match=f"in use by process {first.pid} on "):
+        train_sft(vlm, params, singles(3), TINY, tmp_path)
+    assert torn.exists()
+    first.kill()
+    first.wait()
+    train_sft(vlm, params, singles(3), replace(TINY, steps=1), tmp_path)
+    assert not torn.exists()
+
+
 # ---- killed
 
 RUN = r"""
-import os, random, select, shutil, signal, sys, time
+import os, random, select, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from ivt_min import sft, train
-from ivt_min.core import write_json
+from ivt_min import sft
 from ivt_min.model import load
 from ivt_min.scenes import split
 from ivt_min.train import add_lora, save_adapter
@@ -353,21 +487,17 @@ params, lessons = add_lora(vlm, "x", s), [(x, None) for x in split("train", 7)]
 dice = random.Random(0)
 
 def slow(pipe):
-    "A checkpoint's write stops at five places, says so, and may be killed there."
+    "A checkpoint's writes stop before and after each renaming, say so, and may be killed there."
     def stop(stage): os.write(pipe, stage), time.sleep(.02)
-    write, replace, remove, put = Path.write_bytes, os.replace, shutil.rmtree, write_json
-    def write_bytes(path, data):
-        write(path, data[:len(data) // 2]); stop(b"t"); write(path, data)
-    def write_state(path, obj): stop(b"m"); put(path, obj)
+    replace, remove = os.replace, os.unlink
     def rename(a, b):
-        if Path(a).is_dir(): stop(b"r"); replace(a, b); stop(b"n")
-        else: replace(a, b)
-    def rmtree(path, **kw):
-        some = [*Path(path).iterdir()][:1] if Path(path).exists() else []
-        for p in some: p.unlink(); stop(b"o")
+        if Path(b).parent.parent == home: return replace(a, b)     # the log
+        kind = b"t" if Path(b).name == "tensors.safetensors" else b"m"
+        stop(kind); replace(a, b); stop(kind.upper())
+    def unlink(path, **kw):
+        if Path(path).parent.name.isdigit() and Path(path).name[0] != ".": stop(b"o")
         remove(path, **kw)
-    Path.write_bytes, train.write_json = write_bytes, write_state
-    os.replace, shutil.rmtree = rename, rmtree
+    os.replace, os.unlink = rename, unlink
 
 def start(folder):
     "Train in a child; its id, and a pipe that tells the stages of its writes."
@@ -423,9 +553,8 @@ print("done", runs, stages, f"{took:.1f}")
 
 
 def test_twenty_kills_and_not_a_bit_is_different(tmp_path):
-    """Some at any moment, most inside the write of a checkpoint, at one of its stages: with half of
-    the tensors (t), without a manifest (m), before and after the renaming (r, n), and with half of
-    an old checkpoint removed (o)."""
+    """Some at any moment, most inside the write of a checkpoint: before and after its tensors have
+    their name (t, T), and its manifest (m, M), and while an old one is removed (o)."""
     done = subprocess.run([sys.executable, "-c", RUN, tmp_path], cwd=ROOT, text=True,
                           capture_output=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
