@@ -233,6 +233,7 @@ def train_grpo(
 ):                  # list of dicts, the log, one a step; raises ValueError after 3 bad ones
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     _fit(vlm, samples, s)
+    use_adapter(vlm, name)      # a stop may have left the other one acting
     lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
     run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm),
                                       samples=samples_hash(samples)))

@@ -258,11 +258,11 @@ def _resume(run):
     run.given, run.log = state.get('given', given), state.get('log', [])
     moved = any(getattr(p, 'moved_by', '') == run.digest for p in weights)  # and stopped, here
     if moved and not state or not moved and run.given != given:
-        raise ValueError(f'{run.folder}: the run began with other weights than these')
-    unpack(run.params, run.opt, tensors)
+        raise ValueError(f'{run.folder}: began with other weights; take fresh ones')
+    if not state: _keep(run, 0)     # from now on there is a way back
     for p in weights: p.moved_by, p.grad = run.digest, None
+    unpack(run.params, run.opt, tensors)
     if ranks()[0] == 0: write_jsonl(run.folder/'log.jsonl', run.log)
-    if not state: _keep(run, 0)
 
 # %% ../nbs/10_train.ipynb #80559051
 def _update(params, opt, clip, loss):

@@ -258,6 +258,7 @@ def test_without_a_leash_flat_groups_cost_and_change_nothing(tmp_path, monkeypat
     [row] = train_grpo(vlm, params, few, free, tmp_path / "half")
     assert sum(sizes) == 3 and row["flat"] == .5 and row["norm"] > 0 and not same(before)
     flat.add(few[1].id)
+    vlm, params = lesson()
     before = copy()
     [row] = train_grpo(vlm, params, few, free, tmp_path / "flat")
     assert sum(sizes) == 3 and (row["loss"], row["norm"]) == (0, 0) and same(before)
@@ -273,6 +274,30 @@ def test_settings_that_teach_nothing():
 def test_fewer_samples_than_prompts(tmp_path):
     with pytest.raises(ValueError, match="2 prompts a step, 1 samples"):
         train_grpo(None, {}, split("train", 1), TINY, tmp_path)
+
+
+@pytest.mark.parametrize("name, count", [
+    ("collect_rollouts", 0), ("collect_rollouts", 2), ("logps", 0), ("logps", 1), ("logps", 5), ("grpo_loss", 4),
+    ("rollout_stats", 1), ("advantage", 2)])
+def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch, name, count):
+    """Also while the reference acts in place of the adapter that is trained."""
+    s = replace(TINY, loop=replace(TINY.loop, max_tokens=4), steps=3, every=2)
+    monkeypatch.setattr(grpo, "reward", by_ids)
+    few = split("train", 5)
+    vlm, params = lesson(.1)
+    train_grpo(vlm, params, few, s, tmp_path / "whole")
+    whole = {n: p.detach().clone() for n, p in params.items()}
+    vlm, params = lesson(.1)
+    inner, calls = getattr(grpo, name), iter(range(10**6))
+
+    def once(*args, **kw):
+        if next(calls) == count: raise KeyboardInterrupt
+        return inner(*args, **kw)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(grpo, name, once)
+        train_grpo(vlm, params, few, s, tmp_path / "cut")
+    train_grpo(vlm, params, few, s, tmp_path / "cut")
+    assert all(torch.equal(p, whole[n]) for n, p in params.items())
 
 
 RUN = r"""
