@@ -435,7 +435,7 @@ def main():
     except KeyboardInterrupt: print("stopped", file=sys.stderr)
     finally:
         failed = show(rows)
-        if not failed: shutil.rmtree(HOME, ignore_errors=True)
+        shutil.rmtree(HOME, ignore_errors=True)
     return int(failed > 0)
 
 
