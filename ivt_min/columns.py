@@ -194,7 +194,6 @@ def compare(
     rows = []
     for percent in (50, 70, 90):
         u, v = hits(before, percent / 100), hits(after, percent / 100)
-        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()),
-                     losses=int((u > v).sum()))
+        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()), losses=int((u > v).sum()))
         rows.append(row(f'd_acc{percent}', v * 1. - u) | exact)
     return [*rows, row('d_miou', after - before)]

@@ -55,11 +55,11 @@ _AXES = (   # of x and of y: two edges, the ways of the axis, what a box of the 
 
 def _move(choose, words, edge, by):
     "One sentence: an edge, or the whole box, moves by so much."
-    form = choose('Move the {} {}.', 'The {} must go {}.', 'The {} has to move {}.')
-    way = words['more'] if by > 0 else words['less']
+    way = words['more' if by > 0 else 'less']
     if abs(by) < 40: way += ' a little'
     if abs(by) > 160: way += ' a lot'
-    return form.format(edge, way)
+    return choose(f'Move the {edge} {way}.', f'The {edge} must go {way}.',
+                  f'The {edge} has to move {way}.')
 
 # %% ../nbs/09_traces.ipynb #bc9012f7
 def _along(choose, axis, box, target):
@@ -74,8 +74,8 @@ def _along(choose, axis, box, target):
     said = [_move(choose, words, edge, by)
             for edge, by in moves.items() if abs(by) > STAY]
     if abs(high - low) > max(2 * STAY, .15 * (end - start)):
-        begin = choose('It is too ', 'The box is too ')
-        said.append(begin + (words['small'] if high > low else words['big']) + '.')
+        size = words['small' if high > low else 'big']
+        said.append(choose(f'It is too {size}.', f'The box is too {size}.'))
     return said
 
 # %% ../nbs/09_traces.ipynb #60c258c3
@@ -124,7 +124,7 @@ def _judge(kind, word, edge, box, target):
     "What a word says of an edge, or of the box where that is None: kind, whether true, edges."
     move = [b - a for a, b in zip(box, target)]
     if kind == 'keep': return kind, max(map(abs, move)) <= STAY, _ALL
-    edges, sign = _SIZES[word] if word in _SIZES else _WAYS[word]
+    edges, sign = (_SIZES | _WAYS)[word]
     if kind == 'too': sign = -sign      # what is too wide must get narrower
     if word in _SIZES:
         was, will = _size(box, edges), _size(target, edges)
@@ -170,14 +170,13 @@ def check(
     said = statements(text, box, target)
     move = [abs(b - a) for a, b in zip(box, target)]
     told = [move[e] for *_, edges in said for e in edges]
-    wrong = [f'wrong {kind}' for kind, _, true, _ in said if not true]
-    faults = dict(
+    faults = {f'wrong {kind}': True for kind, _, true, _ in said if not true} | dict(
         silent=not said or max(move) > STAY and max(move) not in told,
         negation=_NEGATION.search(text),
         number=re.search(r'\d', text),
         length=not 2 <= len(text.split()) <= 60,
         grammar=_GRAMMAR.search(text))
-    return [*dict.fromkeys(wrong), *(name for name, found in faults.items() if found)]
+    return [name for name, found in faults.items() if found]
 
 # %% ../nbs/09_traces.ipynb #304dd104
 def write_traces(
