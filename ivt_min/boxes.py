@@ -150,10 +150,11 @@ def parse_box(
     if not all(abs(v) <= 10_000 for v in raw):
         return Parsed(n_boxes=len(found), repairs=repairs,
                       error='number not finite or beyond 10,000')
-    x0, y0, x1, y1 = to_permille(raw, width, height)
+    placed = to_permille(raw, width, height)
+    x0, y0, x1, y1 = placed
     ordered = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
     box = tuple(min(max(float(v), 0.), 1000.) for v in ordered)
-    if ordered != (x0, y0, x1, y1): repairs += ('ordered',)
+    if ordered != placed: repairs += ('ordered',)
     if box != ordered: repairs += ('clipped',)
     if not area(box): return Parsed(raw, None, len(found), repairs, 'no area')
     return Parsed(raw, box, len(found), repairs)

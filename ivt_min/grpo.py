@@ -126,8 +126,8 @@ def collect_rollouts(
     many = [x for x in samples for _ in range(s.group)]
     keys = [('grpo', s.seed, step, x.id, k % s.group) for k, x in enumerate(many)]
     asked = {}      # key of an episode -> its dialogues, step by step
-    policy = model_policy(vlm, s.loop, asked)
-    episodes = rollout(policy, many, s.loop, keys=keys, batch=s.slice, progress=False)
+    episodes = rollout(model_policy(vlm, s.loop, asked), many, s.loop, keys=keys, batch=s.slice,
+                       progress=False)
     return episodes, [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
 
 # %% ../nbs/12_grpo.ipynb #6fcccc6a

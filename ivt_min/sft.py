@@ -109,9 +109,10 @@ def train_sft(
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
-    told = [(samples_hash([x]), trace) for x, trace in lessons]
     lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), lessons=told))
+    run = Run(params, s, folder, dict(
+        s=lasting, base=fingerprint(vlm),
+        lessons=[(samples_hash([x]), trace) for x, trace in lessons]))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
         order = rng('sft', s.seed, epoch).permutation(len(lessons))

@@ -94,14 +94,11 @@ _X = [0, 2]         # the edges of a box (x0, y0, x1, y1) that lie across x
 _Y = [1, 3]
 _ALL = [0, 1, 2, 3]
 _EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)
-_WAYS = dict(       # a word -> the edges that move, and the sign
-    left=(_X, -1), right=(_X, 1),
-    up=(_Y, -1), high=(_Y, -1),
-    down=(_Y, 1), low=(_Y, 1))
-_SIZES = dict(      # how a word begins -> the edges that say the size, and the sign
-    wid=(_X, 1), narrow=(_X, -1),
-    tall=(_Y, 1), short=(_Y, -1),
-    larg=(_ALL, 1), big=(_ALL, 1), small=(_ALL, -1))
+_WAYS = dict(       # a word -> the edges that move
+    left=_X, right=_X, up=_Y, high=_Y, down=_Y, low=_Y)
+_SIZES = dict(      # how a word begins -> the edges that say the size
+    wid=_X, narrow=_X, tall=_Y, short=_Y, larg=_ALL, big=_ALL, small=_ALL)
+_LESS = 'left', 'up', 'high', 'narrow', 'short', 'small'    # by which numbers get smaller
 
 # %% ../nbs/09_traces.ipynb #a602dafe
 _TOKEN = re.compile(r'''(?aix)
@@ -124,7 +121,8 @@ def _judge(kind, word, edge, box, target):
     "What a word says of an edge, or of the box where that is None: kind, whether true, edges."
     move = [b - a for a, b in zip(box, target)]
     if kind == 'keep': return kind, max(map(abs, move)) <= STAY, _ALL
-    edges, sign = (_SIZES | _WAYS)[word]
+    edges = (_SIZES | _WAYS)[word]
+    sign = -1 if word in _LESS else 1
     if kind == 'too': sign = -sign      # what is too wide must get narrower
     if word in _SIZES:
         was, will = _size(box, edges), _size(target, edges)
