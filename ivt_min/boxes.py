@@ -6,7 +6,7 @@
 __all__ = ['to_permille', 'to_pixels', 'format_box', 'area', 'shared_area', 'iou', 'Parsed', 'parse_box']
 
 # %% ../nbs/01_boxes.ipynb #752d1870
-import json, math, re
+import json, re
 from dataclasses import dataclass
 
 # %% ../nbs/01_boxes.ipynb #833e0c9e
@@ -40,9 +40,7 @@ def format_box(
 # %% ../nbs/01_boxes.ipynb #cd66e953
 def area(box):  # (x0, y0, x1, y1)
     "The area of a box; 0 where a side is not positive."
-    w = box[2] - box[0]
-    h = box[3] - box[1]
-    return w * h if w > 0 and h > 0 else 0.
+    return max(0., box[2] - box[0]) * max(0., box[3] - box[1])
 
 # %% ../nbs/01_boxes.ipynb #ba802867
 def shared_area(
@@ -50,8 +48,9 @@ def shared_area(
     b,  # the same, in the same unit
 ):      # 0 where they do not overlap
     "The area that two boxes share."
-    return area((max(a[0], b[0]), max(a[1], b[1]),
-                 min(a[2], b[2]), min(a[3], b[3])))
+    starts = map(max, a[:2], b[:2])
+    ends = map(min, a[2:], b[2:])
+    return area((*starts, *ends))
 
 # %% ../nbs/01_boxes.ipynb #c0782a1e
 def iou(
@@ -67,8 +66,7 @@ def iou(
 def _answer(text):
     "The part of an answer that counts."
     text = re.sub(r'(?is)<(?:re)?think>.*?(?:</(?:re)?think>|\Z)', ' ', text)
-    text = re.split('(?i)</(?:re)?think>', text)[-1]
-    text = re.split('(?i)<answer>', text)[-1]
+    text = re.split('(?i)</(?:re)?think>|<answer>', text)[-1]
     text = re.split('(?i)</answer>', text)[0]
     pieces = re.sub(r'<\|\w+\|>', ' ', text).split('```')
     if len(pieces) == 1: return pieces[0].strip()
@@ -79,11 +77,6 @@ def _answer(text):
 _KEYS = set('bbox_2d bbox bboxes box boxes coordinates coords coord location position '
             'answer result results prediction predictions object objects'.split())
 _NUM = r'[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?'
-
-def _number(text):
-    "The number that a short text spells; inf for a long one, which nobody needs."
-    if len(text) > 40: return math.inf
-    return int(text) if text.lstrip('+-').isdigit() else float(text)
 
 def _is_number(v):
     "Whether a value of JSON is a number, or a string that spells one."
@@ -133,7 +126,7 @@ def _in_text(text):
 @dataclass(frozen=True)
 class Parsed:
     "What was found in an answer."
-    raw: tuple = None       # the four numbers as written, or None
+    raw: tuple = None       # the four numbers of the first box, or None
     box: tuple = None       # (x0, y0, x1, y1), permille, ordered and clipped, or None
     n_boxes: int = 0        # boxes in the answer, in broken text up to 1,000; the first counts
     repairs: tuple = ()     # of 'json' (no clean JSON), 'ordered', 'clipped'
@@ -148,19 +141,20 @@ def parse_box(
     "The first box of an answer; never raises, whatever the text, and takes linear time."
     width, height = {'rel1000': (1000, 1000), 'rel1': (1, 1), 'abs': size}[mode]
     answer = _answer(text) if isinstance(text, str) else ''
-    try: found = _in_json(json.loads(answer, object_pairs_hook=tuple, parse_int=_number))
+    try: found = _in_json(json.loads(answer, object_pairs_hook=tuple, parse_int=float))
     except (ValueError, RecursionError): found = _in_text(answer)     # all of it strings
     if not found: return Parsed(error='no box')
     repairs = ()
     if any(isinstance(v, str) for quad in found for v in quad): repairs += ('json',)
-    raw = tuple(_number(v) if isinstance(v, str) else v for v in found[0])
+    raw = tuple(map(float, found[0]))
     if not all(abs(v) <= 10_000 for v in raw):
-        error = 'number not finite or beyond 10,000'
-        return Parsed(n_boxes=len(found), repairs=repairs, error=error)
-    x0, y0, x1, y1 = to_permille(raw, width, height)
+        return Parsed(n_boxes=len(found), repairs=repairs,
+                      error='number not finite or beyond 10,000')
+    placed = to_permille(raw, width, height)
+    x0, y0, x1, y1 = placed
     ordered = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
     box = tuple(min(max(float(v), 0.), 1000.) for v in ordered)
-    if ordered != (x0, y0, x1, y1): repairs += ('ordered',)
+    if ordered != placed: repairs += ('ordered',)
     if box != ordered: repairs += ('clipped',)
     if not area(box): return Parsed(raw, None, len(found), repairs, 'no area')
     return Parsed(raw, box, len(found), repairs)

@@ -143,8 +143,7 @@ def per_sample(trajectories):  # n of T+1 >= 2 boxes, else ValueError; name -> (
         hard_last=np.where(easy, np.nan, last),
         easy_first=np.where(easy, first, np.nan),
         easy_last=np.where(easy, last, np.nan))
-    for t, u in enumerate(score): values[f'miou_step{t}'] = u
-    return values
+    return values | {f'miou_step{t}': u for t, u in enumerate(score)}
 
 # %% ../nbs/08_columns.ipynb #be28497b
 def dynamics(
@@ -189,12 +188,11 @@ def compare(
     "What the new answers score above the old ones, sample by sample."
     for pair in ((new, old), (old, new)): check_answers(*pair, steps=0)
     before, after = ious(old), ious(new)
-    def row(metric, difference):
-        return result_row(run, f'vs {against}', metric, difference, seed)
+    column = f'vs {against}'
     rows = []
     for percent in (50, 70, 90):
         u, v = hits(before, percent / 100), hits(after, percent / 100)
-        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()),
-                     losses=int((u > v).sum()))
-        rows.append(row(f'd_acc{percent}', v * 1. - u) | exact)
-    return [*rows, row('d_miou', after - before)]
+        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()), losses=int((u > v).sum()))
+        row = result_row(run, column, f'd_acc{percent}', v * 1. - u, seed)
+        rows.append(row | exact)
+    return [*rows, result_row(run, column, 'd_miou', after - before, seed)]

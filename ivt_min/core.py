@@ -102,13 +102,16 @@ def _dumps(obj, **options):
     "`obj` as JSON, dataclasses as dicts and arrays as lists."
     return json.dumps(obj, default=_plain, allow_nan=False, **options)
 
+def _line(obj, **options):
+    "The same as bytes, the end of a line after it."
+    return (_dumps(obj, ensure_ascii=False, **options) + '\n').encode()
+
 def write_json(
     path,   # file, its folders are made
     obj,    # anything of JSON, arrays, dataclasses; ValueError on NaN
 ):          # nothing
     "Write `obj` to `path` at once or not at all."
-    text = _dumps(obj, indent=1, ensure_ascii=False)
-    replace_file(path, f'{text}\n'.encode())
+    replace_file(path, _line(obj, indent=1))
 
 # %% ../nbs/00_core.ipynb #5ffd76b9
 def _loads(data, where):
@@ -126,7 +129,7 @@ def write_jsonl(
     rows,   # dicts
 ):          # nothing
     "Write all rows to `path`, at once or not at all; packed where its name ends in .gz."
-    data = ''.join(_dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()
+    data = b''.join(map(_line, rows))
     replace_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == '.gz' else data)
 
 # %% ../nbs/00_core.ipynb #03cbdb56
@@ -136,8 +139,8 @@ def append_jsonl(
 ):          # nothing
     "Add one row to `path`."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    line = _dumps(row, ensure_ascii=False) + '\n'
-    with open(path, 'ab') as f: f.write(line.encode())
+    line = _line(row)
+    with open(path, 'ab') as f: f.write(line)
 
 # %% ../nbs/00_core.ipynb #107a1de9
 _LONGEST = 10**7    # of a line, bytes
@@ -162,14 +165,14 @@ def read_jsonl(path):  # file
 def rng(*keys):  # strings and ints that name what is drawn
     "A random generator that depends on its keys alone, on every machine the same."
     digest = hashlib.sha256(_dumps(keys).encode()).digest()
-    return np.random.default_rng([int(v) for v in np.frombuffer(digest, '<u8')])
+    return np.random.default_rng(np.frombuffer(digest, '<u8').tolist())
 
 # %% ../nbs/00_core.ipynb #be8d1487
 def distinct(items):     # anything
     "The different objects of a list, and where in them each item is."
     some = {id(item): item for item in items}
-    place = {key: k for k, key in enumerate(some)}
-    return list(some.values()), [place[id(item)] for item in items]
+    keys = list(some)
+    return list(some.values()), [keys.index(id(item)) for item in items]
 
 # %% ../nbs/00_core.ipynb #153aff44
 def unique(names):  # what can be in a set
@@ -183,5 +186,4 @@ def unique(names):  # what can be in a set
 # %% ../nbs/00_core.ipynb #f7b8b75a
 def settings_hash(settings):  # dataclass or dict
     "A fingerprint of settings, 12 hex digits, whatever the order of their names."
-    text = _dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(_dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -43,10 +43,9 @@ def bootstrap(
     values = np.sort(np.asarray(values, float))
     n = len(values)
     if not n or not np.isfinite(values).all(): raise ValueError(f'{n} values, not all finite')
-    draw = rng('bootstrap', seed)
-    chosen = draw.integers(n, size=(n_boot, n))
-    low, high = np.quantile(values[chosen].mean(1), (.025, .975))
-    return float(values.mean()), float(low), float(high)
+    chosen = rng('bootstrap', seed).integers(n, size=(n_boot, n))
+    low, high = np.quantile(values[chosen].mean(1), (.025, .975)).tolist()
+    return float(values.mean()), low, high
 
 # %% ../nbs/07_evaluate.ipynb #fe13aff0
 def target_size(t):     # a Trajectory
@@ -77,7 +76,7 @@ def part_rows(
     seed=0,     # of the bootstrap
 ):              # list of dicts as of `result_row`; for a part, /label stands after the metric
     "The means over all samples and over each part, where there are values."
-    parts = {'': np.full(len(labels[0]), True)}     # what stands after the metric -> (n,) bool
+    parts = {'': True}      # what stands after the metric -> (n,) bool, or True for all
     for texts in labels:
         for text in sorted(set(texts)): parts[f'/{text}'] = np.array(texts) == text
     rows = []
@@ -116,8 +115,7 @@ class Table:
     def __repr__(self):
         widths = [max(map(len, texts)) for texts in zip(self.head, *self.body)]
         rule = ['-' * width for width in widths]
-        lines = [[text.ljust(width) for text, width in zip(texts, widths)]
-                 for texts in (self.head, rule, *self.body)]
+        lines = [map(str.ljust, texts, widths) for texts in (self.head, rule, *self.body)]
         return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
     _repr_markdown_ = __repr__

@@ -8,7 +8,6 @@ __all__ = ['REWARDS', 'reward', 'advantage', 'GRPO', 'normaliser', 'grpo_loss', 
 
 # %% ../nbs/12_grpo.ipynb #d51aef6e
 import math, time
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 import numpy as np
@@ -90,9 +89,8 @@ def normaliser(
     lengths,    # sampled ids of each trajectory of the whole step
 ):       # float
     "What the sum of a step's losses is divided by."
-    most = (s.loop.steps + 1) * s.loop.max_tokens
     return {'sample': len(lengths), 'token': sum(lengths),
-            'constant': len(lengths) * most}[s.loss_mean]
+            'constant': len(lengths) * (s.loop.steps + 1) * s.loop.max_tokens}[s.loss_mean]
 
 # %% ../nbs/12_grpo.ipynb #5babdf30
 def grpo_loss(
@@ -108,15 +106,13 @@ def grpo_loss(
     logp, old, ref = logp * mask, old * mask, ref * mask                # (B, M)
     a = advantage[:, None].to(logp)                                     # (B, 1)
     ratio = (logp - old).exp()                                          # (B, M)
-    gain = torch.minimum(ratio * a, ratio.clamp(1 - s.low, 1 + s.high) * a)
+    plain = ratio * a
+    gain = torch.minimum(plain, ratio.clamp(1 - s.low, 1 + s.high) * a)
     k3 = (ref - logp).exp() - (ref - logp) - 1
     loss = (s.beta * k3 - gain) * mask
     if s.loss_mean == 'sample':
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
-    too_high = (ratio > 1 + s.high) & (a > 0)
-    too_low = (ratio < 1 - s.low) & (a < 0)
-    clipped = ((too_high | too_low) * mask).sum().item()
-    sums = dict(k3=(k3 * mask).sum().item(), clipped=clipped)
+    sums = dict(k3=k3.sum().item(), clipped=(gain < plain).sum().item())
     return loss.sum() / n, sums
 
 # %% ../nbs/12_grpo.ipynb #f6ec9720
@@ -128,11 +124,10 @@ def collect_rollouts(
 ):              # P * N Episodes, group by group; their Transcripts
     "N trajectories a prompt."
     many = [x for x in samples for _ in range(s.group)]
-    keys = [('grpo', s.seed, step, x.id, m)
-            for x in samples for m in range(s.group)]
+    keys = [('grpo', s.seed, step, x.id, k % s.group) for k, x in enumerate(many)]
     asked = {}      # key of an episode -> its dialogues, step by step
-    policy = model_policy(vlm, s.loop, asked)
-    episodes = rollout(policy, many, s.loop, keys=keys, batch=s.slice, progress=False)
+    episodes = rollout(model_policy(vlm, s.loop, asked), many, s.loop, keys=keys, batch=s.slice,
+                       progress=False)
     return episodes, [transcript(vlm, s.loop, e, asked[e.key]) for e in episodes]
 
 # %% ../nbs/12_grpo.ipynb #6fcccc6a
@@ -145,10 +140,9 @@ def logps(
     out = []
     for k in range(0, len(rows), s.micro):
         part = rows[k:k + s.micro]
-        masks = [row.mask for row in part]
-        dialogues = [row.dialogue for row in part]
-        marked = score(vlm, dialogues, masks, s.loop.temperature, s.bf16, s.checkpointing)
-        out += marked.split([sum(mask) for mask in masks])
+        marked = score(vlm, [row.dialogue for row in part], [row.mask for row in part],
+                       s.loop.temperature, s.bf16, s.checkpointing)
+        out += marked.split([sum(row.mask) for row in part])
     return out
 
 # %% ../nbs/12_grpo.ipynb #0905956e
@@ -178,11 +172,11 @@ def rollout_stats(
                      for e in episodes])            # (B, T + 1)
     drops = np.maximum(0, -np.diff(ious))           # (B, T)
     copied = [iou(a, b) > .99 for e in episodes for a, b in pairwise(e.boxes)]
-    means = dict(
-        reward=rewards.mean(), miou=ious.mean(0), D=drops.sum() / max(1, drops.size),
-        copies=sum(copied) / max(1, len(copied)), length=np.mean([sum(row.mask) for row in rows]),
-        flat=(np.ptp(rewards, axis=1) == 0).mean())
     said = np.concatenate([row.logps for row in rows])
+    means = dict(
+        reward=rewards.mean(), miou=ious.mean(0), D=drops.mean() if drops.size else 0.,
+        copies=np.mean(copied or [0]), length=len(said) / len(rows),
+        flat=(np.ptp(rewards, axis=1) == 0).mean())
     ids, logp, k3 = total([len(said), said.sum(), k3])
     stats = {name: np.divide(total(v), ranks()[1]).tolist() for name, v in means.items()}
     return stats | dict(entropy=-logp / ids, k3=k3 / ids)
@@ -207,8 +201,8 @@ def _rewards(episodes, s, step):
     "A row of rewards a group, (P, N); ValueError that names one that is not finite."
     R = [reward(e, s.reward, s.format_weight) for e in episodes]
     for k, r in enumerate(R):
-        where = f'step {step}, sample {episodes[k].sample.id}, member {k % s.group}'
-        if not math.isfinite(r): raise ValueError(f'{where}: reward {r}')
+        if not math.isfinite(r): raise ValueError(
+            f'step {step}, sample {episodes[k].sample.id}, member {k % s.group}: reward {r}')
     return np.reshape(R, (-1, s.group))
 
 def _micro_batches(A, rows, s):
@@ -244,7 +238,7 @@ def train_grpo(
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
         fixed = reference_logps(vlm, rows, s, ref, name) if s.beta else None
         n = total(normaliser(s, [len(row.logps) for row in rows]))
-        sums = Counter(loss=0., k3=0.)
+        sum_of_losses = sum_of_k3 = 0.
         for part in _micro_batches(A, rows, s):
             new = logps(vlm, [rows[i] for i in part], s)
             logp, mask = _pad(new), _pad([torch.ones_like(x) for x in new])     # (B, M)
@@ -252,8 +246,9 @@ def train_grpo(
             leash = _pad([fixed[i] for i in part]) if fixed else old
             loss, said = grpo_loss(logp, old, leash, A[part], mask, s, n)
             loss.backward()
-            sums.update(k3=said['k3'], loss=loss.item())
-        moved = run.move(sums['loss'])      # add up, clip, step
-        run.note(**moved, **rollout_stats(episodes, R, rows, sums['k3']),
+            sum_of_losses += loss.item()
+            sum_of_k3 += said['k3']
+        moved = run.move(sum_of_losses)     # add up, clip, step
+        run.note(**moved, **rollout_stats(episodes, R, rows, sum_of_k3),
                  seconds=time.time() - start)
     return run.log

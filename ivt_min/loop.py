@@ -7,6 +7,7 @@ __all__ = ['Loop', 'Episode', 'picture', 'drawing', 'rollout', 'go_on', 'model_p
 
 # %% ../nbs/06_loop.ipynb #0b098702
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 import torch
 from transformers.utils import logging
 from .core import Sample, Trajectory, distinct, rng, unique
@@ -74,17 +75,16 @@ def picture(
 # %% ../nbs/06_loop.ipynb #79e98af1
 def drawing(what='own'):    # or 'truth', 'random', 'none', a dict of sample id -> box (permille)
     "Function of an Episode -> the box to draw, or None; 'random' keeps the size of the own one."
-    def own(e): return e.held
-    def truth(e): return e.sample.truth
-    def none(e): return None
     def given(e): return what[e.sample.id]
+    def none(e): return None
     def anywhere(e):
         x0, y0, x1, y1 = e.held or (0, 0, 250, 250)
         g = rng('random box', *e.key, len(e.turns))
         x, y = g.uniform(0, (1000 - x1 + x0, 1000 - y1 + y0))
         return x, y, x + x1 - x0, y + y1 - y0
     if isinstance(what, dict): return given
-    return dict(own=own, truth=truth, none=none, random=anywhere)[what]
+    return dict(own=attrgetter('held'), truth=attrgetter('sample.truth'),
+                none=none, random=anywhere)[what]
 
 # %% ../nbs/06_loop.ipynb #eaea3067
 def _start(sample, key):
@@ -92,14 +92,10 @@ def _start(sample, key):
     try: return Episode(sample, open_image(sample.image), key)
     except ValueError as e: raise ValueError(f'{sample.id}: {e}') from e
 
-def _like(sample):
-    "What is alike in samples that are read together with little padding."
+def _like(asked):
+    "What samples share that are read together with little padding; `asked`: one, and its key."
+    sample, _ = asked
     return str(getattr(sample.image, 'size', '')), len(str(sample.expression))
-
-def _heard(episode, turn):
-    "An episode after one more turn."
-    box = parse_box(turn.text).box
-    return replace(episode, turns=(*episode.turns, turn), boxes=(*episode.boxes, box))
 
 # %% ../nbs/06_loop.ipynb #4010b4cf
 def rollout(
@@ -114,22 +110,22 @@ def rollout(
     "Every sample is asked, then shown its own answer, `loop.steps` times."
     if keys is None: keys = [(s.id,) for s in samples]
     unique(keys)
-    asked = list(zip(samples, keys, strict=True))
-    order = sorted(range(len(samples)), key=lambda k: _like(samples[k]))
+    asked = sorted(zip(samples, keys, strict=True), key=_like)
     done = {}
     bar = logging.tqdm(total=len(samples) * (loop.steps + 1), disable=not progress, delay=5)
-    for start in range(0, len(samples), batch):
-        part = order[start:start + batch]
-        episodes = [_start(*asked[k]) for k in part]
+    for k in range(0, len(asked), batch):
+        episodes = [_start(sample, key) for sample, key in asked[k:k + batch]]
         memory = None
         for step in range(loop.steps + 1):
             if step > 0:
                 episodes = [replace(e, drawn=(*e.drawn, draw(e))) for e in episodes]
             turns, memory = policy(episodes, memory)
-            episodes = [_heard(e, turn) for e, turn in zip(episodes, turns)]
-            bar.update(len(part))
-        done.update(zip(part, episodes))
-    return [done[k] for k in range(len(samples))]
+            episodes = [replace(e, turns=(*e.turns, turn),
+                                boxes=(*e.boxes, parse_box(turn.text).box))
+                        for e, turn in zip(episodes, turns)]
+            bar.update(len(episodes))
+        done |= {e.key: e for e in episodes}
+    return [done[key] for key in keys]
 
 # %% ../nbs/06_loop.ipynb #95a29a2b
 def _goes_on(turn):
@@ -165,20 +161,15 @@ def go_on(
     return Dialogue(ids, (*dialogue.pictures, shown))
 
 # %% ../nbs/06_loop.ipynb #388d7009
-def _go_on_all(vlm, loop, dialogues, episodes):
-    "`go_on` for each; those of one dialogue that said and were shown the same share it."
-    made, longer = {}, []
-    for d, e in zip(dialogues, episodes):
-        key = id(d), e.turns[-1].ids, e.drawn[-1]
-        if key not in made: made[key] = go_on(vlm, loop, d, e)
-        longer.append(made[key])
-    return longer
-
-def _questions(vlm, episodes):
-    "The dialogue that asks each episode; episodes of one sample share it."
-    samples, of = distinct([e.sample for e in episodes])
-    asked = [question(vlm, sample) for sample in samples]
-    return [asked[k] for k in of]
+def _dialogues(vlm, loop, before, episodes):
+    "Where each one's next turn begins; episodes that said and were shown the same share it."
+    made, found = {}, []
+    for k, e in enumerate(episodes):
+        key = id(e.sample), tuple(turn.ids for turn in e.turns), e.drawn
+        if key not in made:
+            made[key] = go_on(vlm, loop, before[k], e) if before else question(vlm, e.sample)
+        found.append(made[key])
+    return found
 
 # %% ../nbs/06_loop.ipynb #8ab232cc
 @torch.no_grad()
@@ -186,8 +177,7 @@ def _seen(vlm, dialogues):
     "The same dialogues; of the last picture only what the vision tower made of it."
     unlike, of = distinct(dialogues)
     last = encode_pictures(vlm, [d.pictures[-1] for d in unlike])
-    last = [replace(p, patches=None) for p in last]
-    seen = [replace(d, pictures=(*d.pictures[:-1], p))
+    seen = [replace(d, pictures=(*d.pictures[:-1], replace(p, patches=None)))
             for d, p in zip(unlike, last)]
     return [seen[k] for k in of]
 
@@ -199,11 +189,8 @@ def model_policy(
 ):              # a policy
     "The model as a policy: only what is new is read, and what episodes share is read once."
     def policy(episodes, memory=None):
-        if memory:
-            before, known = memory
-            dialogues = _go_on_all(vlm, loop, before, episodes)
-        else:
-            dialogues, known = _questions(vlm, episodes), None
+        before, known = memory or (None, None)
+        dialogues = _dialogues(vlm, loop, before, episodes)
         if kept is not None:
             dialogues = _seen(vlm, dialogues)
             for e, d in zip(episodes, dialogues): kept.setdefault(e.key, []).append(d)
@@ -237,10 +224,10 @@ class Transcript:
 
 def _reread(vlm, loop, episode):
     "The dialogues of a finished episode, one a turn."
-    dialogues = [question(vlm, episode.sample)]
-    for t in range(1, len(episode.turns)):
+    dialogues = []
+    for t in range(len(episode.turns)):
         so_far = replace(episode, turns=episode.turns[:t], drawn=episode.drawn[:t])
-        dialogues.append(go_on(vlm, loop, dialogues[-1], so_far))
+        dialogues += _dialogues(vlm, loop, dialogues[-1:], [so_far])
     return dialogues
 
 # %% ../nbs/06_loop.ipynb #35e348b8

@@ -42,17 +42,16 @@ class SFT:
 # %% ../nbs/11_sft.ipynb #543c432a
 def _turns(vlm, s, sample, trace):
     "What a trace says, a turn a step; without one, what the sample is answered at once."
-    words, boxes = [''], [sample.truth]
-    if trace is not None:
-        words += [f'{text}\n' if s.reasoning else '' for text in trace['texts']]
-        boxes = [trace['box'], *trace['targets']]
+    trace = trace or dict(box=sample.truth, targets=[], texts=[])
+    words = ['', *(f'{text}\n' if s.reasoning else '' for text in trace['texts'])]
+    boxes = [trace['box'], *trace['targets']]
     turns = []
     label = words_of(sample) if s.label else None
     for text, place in zip(words, boxes):
         box = format_box(place, label)
         ids = *encode(vlm, text), *encode(vlm, box)     # apart, so that a box has its own ids
         turns.append(Turn(ids, (), text + box, end='box'))
-    verdict = (trace or {}).get('verdict')
+    verdict = trace.get('verdict')
     if verdict: turns.append(Turn(tuple(encode(vlm, verdict)), (), verdict))
     return turns
 
@@ -92,9 +91,8 @@ def sft_loss(
     checkpointing=False,    # as for `score`
 ):
     "Cross-entropy of the learned ids: their sum over the number of the whole update."
-    masks = [row.mask for row in rows]
-    dialogues = [row.dialogue for row in rows]
-    logp = score(vlm, dialogues, masks, 0., bf16, checkpointing)    # (N,)
+    logp = score(vlm, [row.dialogue for row in rows], [row.mask for row in rows],
+                 0., bf16, checkpointing)       # (N,)
     return -logp.sum() / n
 
 # %% ../nbs/11_sft.ipynb #b2f26aa6
@@ -111,14 +109,15 @@ def train_sft(
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
-    told = [(samples_hash([x]), trace) for x, trace in lessons]
     lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm), lessons=told))
+    run = Run(params, s, folder, dict(
+        s=lasting, base=fingerprint(vlm),
+        lessons=[(samples_hash([x]), trace) for x, trace in lessons]))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))
-        order = rng('sft', s.seed, epoch).permutation(len(lessons)).tolist()
-        which = order[k * s.batch:(k + 1) * s.batch]
-        rows = [make_row(vlm, s, *lessons[i]) for i in which[rank::n_ranks]]
+        order = rng('sft', s.seed, epoch).permutation(len(lessons))
+        which = order[k * s.batch + rank:(k + 1) * s.batch:n_ranks]     # this process's
+        rows = [make_row(vlm, s, *lessons[i]) for i in which]
         rows.sort(key=lambda row: len(row.mask))    # rows of like length share a forward
         n = int(total(sum(sum(row.mask) for row in rows)))
         sum_of_losses = 0.

@@ -55,11 +55,11 @@ _AXES = (   # of x and of y: two edges, the ways of the axis, what a box of the 
 
 def _move(choose, words, edge, by):
     "One sentence: an edge, or the whole box, moves by so much."
-    form = choose('Move the {} {}.', 'The {} must go {}.', 'The {} has to move {}.')
-    way = words['more'] if by > 0 else words['less']
+    way = words['more' if by > 0 else 'less']
     if abs(by) < 40: way += ' a little'
     if abs(by) > 160: way += ' a lot'
-    return form.format(edge, way)
+    return choose(f'Move the {edge} {way}.', f'The {edge} must go {way}.',
+                  f'The {edge} has to move {way}.')
 
 # %% ../nbs/09_traces.ipynb #bc9012f7
 def _along(choose, axis, box, target):
@@ -74,8 +74,8 @@ def _along(choose, axis, box, target):
     said = [_move(choose, words, edge, by)
             for edge, by in moves.items() if abs(by) > STAY]
     if abs(high - low) > max(2 * STAY, .15 * (end - start)):
-        begin = choose('It is too ', 'The box is too ')
-        said.append(begin + (words['small'] if high > low else words['big']) + '.')
+        size = words['small' if high > low else 'big']
+        said.append(choose(f'It is too {size}.', f'The box is too {size}.'))
     return said
 
 # %% ../nbs/09_traces.ipynb #60c258c3
@@ -94,14 +94,11 @@ _X = [0, 2]         # the edges of a box (x0, y0, x1, y1) that lie across x
 _Y = [1, 3]
 _ALL = [0, 1, 2, 3]
 _EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)
-_WAYS = dict(       # a word -> the edges that move, and the sign
-    left=(_X, -1), right=(_X, 1),
-    up=(_Y, -1), high=(_Y, -1),
-    down=(_Y, 1), low=(_Y, 1))
-_SIZES = dict(      # how a word begins -> the edges that say the size, and the sign
-    wid=(_X, 1), narrow=(_X, -1),
-    tall=(_Y, 1), short=(_Y, -1),
-    larg=(_ALL, 1), big=(_ALL, 1), small=(_ALL, -1))
+_WAYS = dict(       # a word -> the edges that move
+    left=_X, right=_X, up=_Y, high=_Y, down=_Y, low=_Y)
+_SIZES = dict(      # how a word begins -> the edges that say the size
+    wid=_X, narrow=_X, tall=_Y, short=_Y, larg=_ALL, big=_ALL, small=_ALL)
+_LESS = 'left', 'up', 'high', 'narrow', 'short', 'small'    # by which numbers get smaller
 
 # %% ../nbs/09_traces.ipynb #a602dafe
 _TOKEN = re.compile(r'''(?aix)
@@ -124,7 +121,8 @@ def _judge(kind, word, edge, box, target):
     "What a word says of an edge, or of the box where that is None: kind, whether true, edges."
     move = [b - a for a, b in zip(box, target)]
     if kind == 'keep': return kind, max(map(abs, move)) <= STAY, _ALL
-    edges, sign = _SIZES[word] if word in _SIZES else _WAYS[word]
+    edges = (_SIZES | _WAYS)[word]
+    sign = -1 if word in _LESS else 1
     if kind == 'too': sign = -sign      # what is too wide must get narrower
     if word in _SIZES:
         was, will = _size(box, edges), _size(target, edges)
@@ -170,14 +168,13 @@ def check(
     said = statements(text, box, target)
     move = [abs(b - a) for a, b in zip(box, target)]
     told = [move[e] for *_, edges in said for e in edges]
-    wrong = [f'wrong {kind}' for kind, _, true, _ in said if not true]
-    faults = dict(
+    faults = {f'wrong {kind}': True for kind, _, true, _ in said if not true} | dict(
         silent=not said or max(move) > STAY and max(move) not in told,
         negation=_NEGATION.search(text),
         number=re.search(r'\d', text),
         length=not 2 <= len(text.split()) <= 60,
         grammar=_GRAMMAR.search(text))
-    return [*dict.fromkeys(wrong), *(name for name, found in faults.items() if found)]
+    return [name for name, found in faults.items() if found]
 
 # %% ../nbs/09_traces.ipynb #304dd104
 def write_traces(
