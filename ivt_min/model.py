@@ -203,7 +203,7 @@ def _parts(folder, told):
 def _ready(vlm, source, min_pixels, max_pixels):
     "A VLM as it was loaded, with its pixel budget and the beginning of its answers."
     model, size = vlm.model, vlm.processor.size
-    model.name_or_path = source
+    model.name_or_path = str(source)
     for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
         if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
     most = min(size['longest_edge'], max_pixels or 1024 * 1024)
@@ -239,12 +239,11 @@ def load(
         return _with_adapter(folder, about, own_name, device, nf4, dtype, attention, *pixels,
                              prompt)
     told = _weights_as(_device(device), nf4, dtype, attention)
+    names = prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for', '')
     try:
-        with _quiet(): parts = _parts(folder, told)
+        with _quiet(): return _ready(VLM(*_parts(folder, told), *names), find_model(name), *pixels)
     except Exception as e:  # a damaged file makes transformers raise nearly anything
         raise ValueError(f'{folder}: {str(e).strip().splitlines()[0]}') from e
-    vlm = VLM(*parts, prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for', ''))
-    return _ready(vlm, str(find_model(name)), *pixels)
 
 # %% ../nbs/04_model.ipynb #685fd524
 def encode(

@@ -96,9 +96,8 @@ def save_checkpoint(
 # %% ../nbs/10_train.ipynb #6e365bbe
 def _whole(checkpoint):
     "What its manifest says, and its tensors; None where either is missing, torn or changed."
-    try: data, said = [(checkpoint/name).read_bytes() for name in _FILES]
-    except OSError: return None
-    with suppress(ValueError, KeyError, AttributeError, TypeError):
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+        data = (checkpoint/_FILES[0]).read_bytes()
         state = read_json(checkpoint/_FILES[1])
         whole = state.pop('whole') == settings_hash(state)
         if whole and state['sha256'] == hashlib.sha256(data).hexdigest():
@@ -317,11 +316,12 @@ def _told(vlm, loop, run, base):
     "What lies beside an adapter: all that it was taught with."
     base = base or vlm.model.name_or_path
     if Path(base).is_dir(): base = str(Path(base).resolve())
-    below = folder_of(base, local=True)
+    if base == str(data_path('tiny').resolve()): base = None
+    try: base_sha256 = folder_hash(folder_of(base, local=True), WEIGHTS)
+    except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
     size = vlm.processor.size
     return dict(
-        run=run, base=None if below == data_path('tiny').resolve() else base,
-        base_sha256=folder_hash(below, WEIGHTS), loop=asdict(loop), prompt=vlm.prompt,
+        run=run, base=base, base_sha256=base_sha256, loop=asdict(loop), prompt=vlm.prompt,
         pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
         nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
         attention=vlm.model.config._attn_implementation)
