@@ -62,7 +62,7 @@ class Turn:
     end: str = ''       # what ended it: 'stop' token, 'box', or '' where the budget did
 
 # %% ../nbs/05_answer.ipynb #b98eb95e
-_BOX = re.compile(r'\[(\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*)\]')
+_BOX = re.compile(r'\[(\s*-?[\d.]+(?:\s*,\s*-?[\d.]+){3}\s*),?\s*\]')
 
 def box_confidence(
     text,   # what was said

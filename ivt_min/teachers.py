@@ -162,7 +162,8 @@ def served_policy(
     "A model behind a URL as a policy."
     from ivt_min.model import words_of
     from ivt_min.loop import Turn, _words_after, picture
-    if loop.form != 'turn': raise ValueError(f'form {loop.form!r}: a server takes turns only')
+    if loop.form != 'turn' or hasattr(loop, 'verdict'):
+        raise ValueError(f'{loop}: a server takes turns only')
     def request(episode):
         messages = [user_message(prompt.replace('{expression}', words_of(episode.sample)),
                                  episode.image, max_pixels)]
