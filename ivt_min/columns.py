@@ -73,9 +73,8 @@ def single(
     choice,         # 'step 0', 'oracle' or one of RULES
 ):                  # list of Trajectory
     "The trajectories with one box each, the one that is chosen."
-    def chosen(t):
-        if choice == 'step 0': return t.boxes[0]
-        return oracle(t) if choice == 'oracle' else pick(t, choice)
+    rule = 'first' if choice == 'step 0' else choice
+    def chosen(t): return oracle(t) if choice == 'oracle' else pick(t, rule)
     return [replace(t, boxes=[chosen(t)], confidences=[],
                     texts=[], notes=[]) for t in trajectories]
 

@@ -7,7 +7,7 @@ __all__ = ['REWARDS', 'reward', 'advantage', 'GRPO', 'normaliser', 'grpo_loss', 
            'rollout_stats', 'train_grpo']
 
 # %% ../nbs/12_grpo.ipynb #d51aef6e
-import math, time
+import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 import numpy as np
@@ -201,13 +201,13 @@ def _rewards(episodes, s, step):
     "A row of rewards a group, (P, N); ValueError that names one that is not finite."
     R = [reward(e, s.reward, s.format_weight) for e in episodes]
     for k, r in enumerate(R):
-        if not math.isfinite(r): raise ValueError(
+        if not np.isfinite(r): raise ValueError(
             f'step {step}, sample {episodes[k].sample.id}, member {k % s.group}: reward {r}')
     return np.reshape(R, (-1, s.group))
 
 def _micro_batches(A, rows, s):
     "Which trajectories a forward takes; without a leash, one without advantage has no gradient."
-    live = [i for i in range(len(A)) if s.beta or A[i] != 0]
+    live = [i for i, a in enumerate(A) if s.beta or a != 0]
     live.sort(key=lambda i: len(rows[i].mask))  # those of like length share a forward
     return [live[k:k + s.micro] for k in range(0, len(live), s.micro)]
 

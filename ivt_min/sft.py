@@ -42,16 +42,17 @@ class SFT:
 # %% ../nbs/11_sft.ipynb #543c432a
 def _turns(vlm, s, sample, trace):
     "What a trace says, a turn a step; without one, what the sample is answered at once."
-    trace = trace or dict(box=sample.truth, targets=[], texts=[])
-    words = ['', *(f'{text}\n' if s.reasoning else '' for text in trace['texts'])]
-    boxes = [trace['box'], *trace['targets']]
+    words, boxes = [''], [sample.truth]
+    if trace is not None:
+        words += [f'{text}\n' if s.reasoning else '' for text in trace['texts']]
+        boxes = [trace['box'], *trace['targets']]
     turns = []
     label = words_of(sample) if s.label else None
     for text, place in zip(words, boxes):
         box = format_box(place, label)
         ids = *encode(vlm, text), *encode(vlm, box)     # apart, so that a box has its own ids
         turns.append(Turn(ids, (), text + box, end='box'))
-    verdict = trace.get('verdict')
+    verdict = (trace or {}).get('verdict')
     if verdict: turns.append(Turn(tuple(encode(vlm, verdict)), (), verdict))
     return turns
 
@@ -59,9 +60,9 @@ def _turns(vlm, s, sample, trace):
 def _as_said(turn, box):
     "Whether the loop ends a turn at its end and nowhere before, and reads the last box in it."
     text = turn.text
-    ends = [k for k in range(1, len(text) + 1) if closed(text[:k])]
-    last = text[text.rindex('{'):]
-    return ends == [len(text)] and box is not None and last.startswith(format_box(box)[:-1])
+    early = any(closed(text[:k]) for k in range(len(text)))
+    if early or not closed(text) or box is None: return False
+    return text[text.rindex('{'):].startswith(format_box(box)[:-1])
 
 # %% ../nbs/11_sft.ipynb #61202b3a
 def make_row(
