@@ -248,7 +248,6 @@ def train_grpo(
             loss.backward()
             sum_of_losses += loss.item()
             sum_of_k3 += said['k3']
-        moved = run.move(sum_of_losses)     # add up, clip, step
-        run.note(**moved, **rollout_stats(episodes, R, rows, sum_of_k3),
-                 seconds=time.time() - start)
+        run.note(**run.move(sum_of_losses),     # add up, clip, step
+                 **rollout_stats(episodes, R, rows, sum_of_k3), seconds=time.time() - start)
     return run.log

@@ -19,8 +19,7 @@ from .datasets import missed, scan
 def _claim(folder, vlm, loop, splits):
     "Write down what the answers in a folder depend on; of weights and samples a fingerprint."
     vlm.model.requires_grad_(False)     # of what is learned it keeps the shape alone
-    about = dict(model=vlm.name, prompt=vlm.prompt, pixels=vlm.processor.size, loop=loop,
-                 weights=fingerprint(vlm),
+    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=fingerprint(vlm),
                  samples={name: samples_hash(samples) for name, samples in splits.items()})
     config = folder/'config.json'
     if config.exists() and settings_hash(read_json(config)) != settings_hash(about):

@@ -130,12 +130,11 @@ def _about(folder):
     path = folder/'ivt.json'
     about = read_json(path) if path.exists() else {}
     if type(about) is not dict: raise ValueError(f'{path}: not a dict')
-    about = {name: value for name, value in about.items() if value is not None}
     for name, value in about.items():
         if name not in _ABOUT: raise ValueError(f'{path}: unknown field {name!r}')
-        kind = _ABOUT[name]
-        if type(value) is not kind: raise ValueError(f'{path}: {name} is no {kind.__name__}')
-    if [*map(type, about.get('pixels', (1, 1)))] != [int, int]:
+        if not isinstance(value, (_ABOUT[name], type(None))):
+            raise ValueError(f'{path}: {name} is no {_ABOUT[name].__name__}')
+    if [*map(type, about.get('pixels') or (1, 1))] != [int, int]:
         raise ValueError(f'{path}: pixels are not two whole numbers')
     return about
 
@@ -228,7 +227,7 @@ def load(
     folder = folder_of(name)
     about = _about(folder)
     check_whole(folder, about.get('sha256'))
-    least, most = about.get('pixels', (None, None))
+    least, most = about.get('pixels') or (None, None)
     pixels = min_pixels or least, max_pixels or most
     prompt = prompt or about.get('prompt')
     if '{expression}' not in (prompt or OFFICIAL):
@@ -239,7 +238,7 @@ def load(
         return _with_adapter(folder, about, own_name, device, nf4, dtype, attention, *pixels,
                              prompt)
     told = _weights_as(_device(device), nf4, dtype, attention)
-    names = prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for', '')
+    names = prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for') or ''
     try:
         with _quiet(): return _ready(VLM(*_parts(folder, told), *names), find_model(name), *pixels)
     except Exception as e:  # a damaged file makes transformers raise nearly anything
