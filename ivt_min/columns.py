@@ -161,9 +161,8 @@ def paired(
     seed=0, # of the bootstrap
 ):          # mean, low, high
     "The mean of new - old with its 95 % bootstrap interval over samples."
-    old, new = np.asarray(old, float), np.asarray(new, float)
-    if old.shape != new.shape: raise ValueError(f'{len(old)} values against {len(new)}')
-    return bootstrap(new - old, seed)
+    if np.shape(old) != np.shape(new): raise ValueError(f'{len(old)} values against {len(new)}')
+    return bootstrap(np.subtract(new, old, dtype=float), seed)
 
 # %% ../nbs/08_columns.ipynb #3ff90a45
 def mcnemar(

@@ -193,9 +193,7 @@ def _parts(folder, told):
     odd = sorted(str(tensor) for tensors in found.values() for tensor in tensors)
     if odd: raise ValueError(f'{len(odd)} tensors missing, foreign or misshapen: {odd[0]}')
     tokenizer = AutoTokenizer.from_pretrained(folder, **here)
-    ids = tokenizer.convert_tokens_to_ids(['<|vision_start|>', '<|image_pad|>', '<|vision_end|>'])
-    config = model.config
-    if ids != [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]:
+    if tokenizer.convert_tokens_to_ids('<|image_pad|>') != model.config.image_token_id:
         raise ValueError('its tokenizer is missing, or that of another model')
     return model.eval(), tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder, **here)
 

@@ -109,12 +109,11 @@ def last_checkpoint(
     digest,     # its "settings_hash"
 ):              # step, tensors, state; 0, {}, {} without one; raises ValueError for another run's
     "The newest checkpoint that is whole."
-    for path in reversed(_checkpoints(folder)):
-        found = _whole(path)
-        if found is None: continue
-        state, tensors = found
-        if state['settings_hash'] != digest: raise ValueError(f'{path} is of another run')
-        return state['step'], tensors, state
+    for state, tensors in filter(None, map(_whole, reversed(_checkpoints(folder)))):
+        step = state['step']
+        if state['settings_hash'] != digest:
+            raise ValueError(f'{folder}/{step:06} is of another run')
+        return step, tensors, state
     return 0, {}, {}
 
 # %% ../nbs/10_train.ipynb #554e95e0
@@ -135,11 +134,9 @@ def fingerprint(vlm):   # VLM
 # %% ../nbs/10_train.ipynb #d7497803
 def _picture_hash(image):
     "A fingerprint of a picture; None where there is no file."
-    if isinstance(image, (str, Path)):
-        try: data = Path(image).read_bytes()
-        except OSError: return None
-    elif isinstance(image, bytes): data = image
-    else:
+    try: data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    except OSError: return None
+    except TypeError:   # not a path: a picture
         opened = open_image(image)
         data = repr(opened.size).encode() + opened.tobytes()
     return hashlib.sha256(data).hexdigest()
@@ -225,10 +222,9 @@ def _sweep(folder):
 
 # %% ../nbs/10_train.ipynb #90b9df3d
 @contextmanager
-def alone(folder):  # of a run, is made
+def alone(folder):  # of a run, a Path; is made
     "While this is open, no other program works in the folder: ValueError says which one does."
     if ranks()[0]: return (yield)   # the first process locks for all of torchrun's
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     holder, lock = folder/'.holder', FileLock(folder/'.lock')
     try: lock.acquire(timeout=0)

@@ -446,8 +446,9 @@ def test_a_manifest_that_was_changed_does_not_count(tmp_path, change):
 
 TWICE = """
 import sys, time
+from pathlib import Path
 from ivt_min.train import alone
-with alone(sys.argv[1]):
+with alone(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
 """
