@@ -34,12 +34,6 @@ def _kept(path):
     rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
     return {row['id']: row for row in rows}
 
-def _finish(path, samples):
-    "Make the file of all answers, in order, from its parts."
-    known = _kept(path)
-    write_jsonl(path, [known[x.id] for x in samples])
-    for part in path.parent.glob(f'{path.stem}.part*'): part.unlink()
-
 # %% ../nbs/lab/30_lab.ipynb #5b0466c4
 def _ask(ask, samples, path, steps, batch):
     "This process's share of `ask_all`."
@@ -72,8 +66,10 @@ def ask_all(
         with alone(path.parent):
             _ask(ask, samples, path, steps, batch)
             total(0)    # all processes are here
-            if ranks()[0] == 0: _finish(path, samples)
+            known = _kept(path)
+            if ranks()[0] == 0: write_jsonl(path, [known[x.id] for x in samples])
         total(0)        # and the file is there
+    for part in path.parent.glob(f'{path.stem}.part*'): part.unlink(missing_ok=True)
     return read_run(path.parent, path.stem, samples)
 
 # %% ../nbs/lab/30_lab.ipynb #7b0a46c0

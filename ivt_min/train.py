@@ -22,7 +22,7 @@ from .core import (append_jsonl, data_path, read_json, replace_file, settings_ha
                           write_json, write_jsonl)
 from .render import open_image
 from .model import (SAVED, WEIGHTS, _misfits, adapter_weights, add_adapter, folder_hash,
-                           folder_of, set_adapter_weights)
+                           folder_of, set_adapter_weights, signature)
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
 TARGETS = r'^model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$'
@@ -344,4 +344,4 @@ def save_adapter(
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=told['base'] or 'tiny', inference_mode=True)
     write_json(folder/'adapter_config.json', config)
-    write_json(folder/'ivt.json', dict(told, sha256=folder_hash(folder)))
+    write_json(folder/'ivt.json', dict(told, sha256=signature(folder, told)))

@@ -155,10 +155,10 @@ JOBS = [job_sft, job_grpo, job_traces, job_evaluate]
 def end_of(folder):
     """What a run leaves: bytes by the name of the file; a log without its times."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".tmp" not in p.name):
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):     # not the lock
         data = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
-            data = re.sub(rb'("(?:seconds|sha256)": )[^,}]*', rb"\1", data)
+            data = re.sub(rb'("(?:seconds|sha256|whole)": )[^,}]*', rb"\1", data)
         found[str(path.relative_to(folder))] = data
     return found
 
@@ -202,7 +202,7 @@ def stands_there(text, numbers):
     quotes, parentheses, special tokens and thoughts between them."""
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text)
     text = re.sub(r'(?is)\\[nrt"]|<\|\w+\|>|<(?:re)?think>.*?</(?:re)?think>', " ", text)
-    found = [(m.start(), m.end(), abs(float(m[0]))) for m in NUMBER.finditer(text) if len(m[0]) < 99]
+    found = [(m.start(), m.end(), abs(float(m[0]))) for m in NUMBER.finditer(text) if len(m[0]) < 400]
     for four in zip(found, found[1:], found[2:], found[3:]):
         between = "".join(text[a[1]:b[0]] for a, b in zip(four, four[1:]))
         if [v for *_, v in four] == [abs(v) for v in numbers] and not re.search(r"[^\s,()\"'+-]", between):

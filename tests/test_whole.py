@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ivt_min.core import data_path, read_json, write_json
 from ivt_min.loop import Loop, record
-from ivt_min.model import WEIGHTS, folder_hash, load
+from ivt_min.model import WEIGHTS, folder_hash, load, signature
 from ivt_min.scenes import split
 from ivt_min.train import add_lora, save_adapter
 from ivt_min.verdict import go_round, loop_of
@@ -41,7 +41,7 @@ def weights(change, sign=True, file=ADAPTER):
 
 def signed(folder):
     about = read_json(folder / "ivt.json")
-    write_json(folder / "ivt.json", about | dict(sha256=folder_hash(folder)))
+    write_json(folder / "ivt.json", about | dict(sha256=signature(folder, about)))
 
 
 def fields(file="ivt.json", drop=(), sign=False, **new):
@@ -258,7 +258,7 @@ def test_shipped_folders_are_signed():
     base = folder_hash(data_path("tiny"), WEIGHTS)
     for about in [data_path("tiny/ivt.json"), *data_path("adapters").glob("*/ivt.json")]:
         said = read_json(about)
-        assert said["sha256"] == folder_hash(about.parent)
+        assert said["sha256"] == signature(about.parent, said)
         assert said.get("base_sha256", base) == base
 
 
