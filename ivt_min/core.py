@@ -84,7 +84,7 @@ def replace_file(
     "Write bytes to a file, at once or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    new = path.with_name(f'.{path.name}.{os.getpid()}.ivt.tmp')
     try:
         with open(new, 'wb') as f:
             f.write(data)

@@ -13,11 +13,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from .core import rng
+from .core import rng, unique
 from .boxes import iou, parse_box
 from .model import question, use_adapter
 from .answer import score
-from .loop import Loop, Transcript, model_policy, rollout, transcript
+from .loop import Loop, model_policy, rollout, transcript
 from .train import Run, fingerprint, ranks, samples_hash, total
 
 # %% ../nbs/12_grpo.ipynb #a512873a
@@ -187,6 +187,7 @@ def _fit(vlm, samples, s):
     rank, n_ranks = ranks()
     if len(samples) < s.prompts or s.prompts % n_ranks:
         raise ValueError(f'{s.prompts} prompts a step, {len(samples)} samples, {n_ranks} processes')
+    unique(x.id for x in samples)
     for x in samples[rank::n_ranks]: question(vlm, x)
 
 def _prompts(samples, s, step):
@@ -229,7 +230,7 @@ def train_grpo(
     _fit(vlm, samples, s)
     use_adapter(vlm, name)      # a stop may have left the other one acting
     lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm),
+    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm, params),
                                       samples=samples_hash(samples)))
     for step in run:
         start = time.time()

@@ -18,18 +18,18 @@ from .datasets import missed, scan
 # %% ../nbs/lab/30_lab.ipynb #79bb7a84
 def _claim(folder, vlm, loop, splits):
     "Write down what the answers in a folder depend on; of weights and samples a fingerprint."
-    vlm.model.requires_grad_(False)     # of what is learned it keeps the shape alone
-    about = dict(model=vlm.name, prompt=vlm.prompt, loop=loop, weights=fingerprint(vlm),
-                 samples={name: samples_hash(samples) for name, samples in splits.items()})
+    samples = {name: samples_hash(asked) for name, asked in splits.items()}
+    about = dict(model=vlm.name, loop=loop, weights=fingerprint(vlm), samples=samples)
     config = folder/'config.json'
-    if config.exists() and settings_hash(read_json(config)) != settings_hash(about):
+    begun = config.exists() and [*folder.glob('*.jsonl'), *folder.glob('*.part[0-9]*')]
+    if begun and settings_hash(read_json(config)) != settings_hash(about):
         raise ValueError(f'{config}: the run of other settings or rows; give another --out')
-    if not config.exists() and ranks()[0] == 0: write_json(config, about)
+    if not begun and ranks()[0] == 0: write_json(config, about)
 
 # %% ../nbs/lab/30_lab.ipynb #1d1ea393
 def _kept(path):
     "What is kept of an unfinished file, by id; a torn line is left out."
-    parts = path.parent.glob(f'{path.stem}.part*')
+    parts = path.parent.glob(f'{path.stem}.part[0-9]*-[0-9]*')
     lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
     rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
     return {row['id']: row for row in rows}
@@ -69,7 +69,7 @@ def ask_all(
             known = _kept(path)
             if ranks()[0] == 0: write_jsonl(path, [known[x.id] for x in samples])
         total(0)        # and the file is there
-    for part in path.parent.glob(f'{path.stem}.part*'): part.unlink(missing_ok=True)
+    for part in path.parent.glob(f'{path.stem}.part[0-9]*-[0-9]*'): part.unlink(missing_ok=True)
     return read_run(path.parent, path.stem, samples)
 
 # %% ../nbs/lab/30_lab.ipynb #7b0a46c0

@@ -15,7 +15,7 @@ from .boxes import iou, parse_box
 from .render import draw_box, open_image
 from .model import (Dialogue, _marks, encode, encode_pictures, image_tokens, question,
                            to_patches)
-from .answer import Turn, answer, closed
+from .answer import answer, closed
 
 # %% ../nbs/06_loop.ipynb #59085b77
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Loop:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) is list:     # it comes from JSON
-                value = tuple(value)
-                object.__setattr__(self, f.name, value)
+            if type(value) is list: value = tuple(value)    # it comes from JSON
+            if hasattr(value, 'item'): value = value.item()     # or from numpy
+            object.__setattr__(self, f.name, value)
             if type(value) is bool or not isinstance(value, f.type):
                 raise TypeError(f'{f.name}: {value!r} is of the wrong type')
         if self.steps < 0: raise ValueError(f'steps: {self.steps}')
@@ -112,8 +112,7 @@ def rollout(
     unique(keys)
     asked = sorted(zip(samples, keys, strict=True), key=_like)
     done = {}
-    bar = logging.tqdm(total=len(samples) * (loop.steps + 1), disable=not progress, delay=5)
-    for k in range(0, len(asked), batch):
+    for k in logging.tqdm(range(0, len(asked), batch), disable=not progress, delay=5):
         episodes = [_start(sample, key) for sample, key in asked[k:k + batch]]
         memory = None
         for step in range(loop.steps + 1):
@@ -123,7 +122,6 @@ def rollout(
             episodes = [replace(e, turns=(*e.turns, turn),
                                 boxes=(*e.boxes, parse_box(turn.text).box))
                         for e, turn in zip(episodes, turns)]
-            bar.update(len(episodes))
         done |= {e.key: e for e in episodes}
     return [done[key] for key in keys]
 

@@ -8,7 +8,6 @@ __all__ = ['SFT', 'make_row', 'sft_loss', 'train_sft']
 # %% ../nbs/11_sft.ipynb #f9980297
 import math
 from dataclasses import dataclass, replace
-import torch
 from transformers.utils import logging
 from .core import rng
 from .boxes import format_box
@@ -112,7 +111,7 @@ def train_sft(
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
     lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
     run = Run(params, s, folder, dict(
-        s=lasting, base=fingerprint(vlm),
+        s=lasting, base=fingerprint(vlm, params),
         lessons=[(samples_hash([x]), trace) for x, trace in lessons]))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))

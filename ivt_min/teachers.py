@@ -102,8 +102,8 @@ def _answered(cache):
     "What the file of answers holds, key -> reply; ValueError where it is another file."
     if not os.path.exists(cache): return {}
     data = Path(cache).read_bytes()
-    ours = rb'(\{"key": ".*", "text": .*\n)+.*|(\{"key": "[0-9a-f]{64}", .*)?'
-    if not re.fullmatch(ours, data):    # rows and a torn one, or a torn one, or nothing
+    ours = rb'(?s)\{"key": "[0-9a-f]{0,64}("[ ,"tex:]{0,9}|", "text": .*)?'   # rows, or a torn one
+    if not re.fullmatch(ours, data) and not b'{"key": "'.startswith(data):
         raise ValueError(f'{cache}: holds something other than answers')
     os.truncate(cache, data.rfind(b'\n') + 1)
     return {row['key']: row for row in read_jsonl(cache)}
@@ -161,7 +161,8 @@ def served_policy(
 ):                  # a policy
     "A model behind a URL as a policy."
     from ivt_min.model import words_of
-    from ivt_min.loop import Turn, _words_after, picture
+    from ivt_min.answer import Turn
+    from ivt_min.loop import _words_after, picture
     if loop.form != 'turn' or hasattr(loop, 'verdict'):
         raise ValueError(f'{loop}: a server takes turns only')
     def request(episode):

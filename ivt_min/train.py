@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
@@ -20,8 +21,7 @@ from transformers.utils import logging
 from filelock import FileLock, Timeout
 from .core import (append_jsonl, data_path, read_json, replace_file, settings_hash,
                           write_json, write_jsonl)
-from .render import open_image
-from .model import (SAVED, WEIGHTS, _misfits, adapter_weights, add_adapter, folder_hash,
+from .model import (SAVED, _misfits, adapter_weights, add_adapter, folder_hash,
                            folder_of, set_adapter_weights, signature)
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
@@ -89,7 +89,7 @@ def save_checkpoint(
     replace_file(tensors_file, data)
     state = dict(state, step=step, sha256=hashlib.sha256(data).hexdigest())
     write_json(manifest, dict(state, whole=settings_hash(state)))
-    for old in _checkpoints(folder)[:-2]:
+    for old in [path for path in _checkpoints(folder) if int(path.name) < step][:-1]:
         for name in _FILES: (old/name).unlink(missing_ok=True)
         with suppress(OSError): old.rmdir()     # unless somebody put something there
 
@@ -122,23 +122,26 @@ def _tensor_hash(tensor):
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(data.numpy()).hexdigest()
 
-def fingerprint(vlm):   # VLM
-    "A hash of all frozen weights, the shapes of the others, and what makes ids and patches."
-    learned = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+def fingerprint(
+    vlm,        # VLM
+    learned=(), # names of weights that move: of them the shapes alone
+):              # 12 hex digits
+    "A hash of all weights, of the scales of adapters, and of what makes ids and patches."
     weights = {name: v.shape if name in learned else _tensor_hash(v)
                for name, v in vlm.model.state_dict().items()}
+    scales = [part.scaling for part in vlm.model.modules() if hasattr(part, 'lora_B')]
     return settings_hash(dict(
-        weights=weights, prompt=vlm.prompt, pictures=vlm.processor.to_dict(),
+        weights=weights, scales=scales, prompt=vlm.prompt, pictures=vlm.processor.to_dict(),
         template=vlm.tokenizer.chat_template, words=vlm.tokenizer.backend_tokenizer.to_str()))
 
 # %% ../nbs/10_train.ipynb #d7497803
 def _picture_hash(image):
-    "A fingerprint of a picture; None where there is no file."
-    try: data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    except OSError: return None
-    except TypeError:   # not a path: a picture
-        opened = open_image(image)
-        data = repr(opened.size).encode() + opened.tobytes()
+    "A fingerprint of a picture; None where there is none, or no good one."
+    try:
+        if isinstance(image, bytes): data = image
+        elif isinstance(image, (str, Path)): data = Path(image).read_bytes()
+        else: data = np.asarray(image).tobytes()
+    except (OSError, ValueError): return None
     return hashlib.sha256(data).hexdigest()
 
 def samples_hash(samples):  # list of core.Sample
@@ -214,12 +217,6 @@ def total(values):  # a number, or numbers in an array or list
     _add_up(sums)
     return sums.tolist()
 
-# %% ../nbs/10_train.ipynb #6041ecd9
-def _sweep(folder):
-    "Remove what `replace_file` left behind where it was killed."
-    for path in folder.glob('.*.tmp'):
-        if re.fullmatch(r'\..+\.\d+\.tmp', path.name): path.unlink()
-
 # %% ../nbs/10_train.ipynb #90b9df3d
 @contextmanager
 def alone(folder):  # of a run, a Path; is made
@@ -232,7 +229,8 @@ def alone(folder):  # of a run, a Path; is made
         raise ValueError(f'{folder}: in use by {holder.read_text()}') from None
     try:
         holder.write_text(f'process {os.getpid()} on {platform.node()}')
-        for place in (folder, *_checkpoints(folder)): _sweep(place)
+        for place in (folder, *_checkpoints(folder)):
+            for torn in place.glob('.*.ivt.tmp'): torn.unlink()     # its writer was killed
         yield
     finally: lock.release()
 
@@ -251,11 +249,12 @@ def _resume(run):
         raise ValueError(f'{run.folder}: other processes see another checkpoint')
     given = settings_hash([*map(_tensor_hash, weights)])
     run.given, run.log = state.get('given', given), state.get('log', [])
-    moved = any(getattr(p, 'moved_by', '') == run.digest for p in weights)  # and stopped, here
-    if moved and not state or not moved and run.given != given:
+    marks = ' '.join(getattr(p, 'moved_by', '') for p in weights)   # of runs in this process
+    moved = run.digest in marks
+    if 'stopped' in marks and not state or not moved and run.given != given:
         raise ValueError(f'{run.folder}: began with other weights; take fresh ones')
     if not state: _keep(run, 0)     # from now on there is a way back
-    for p in weights: p.moved_by, p.grad = run.digest, None
+    for p in weights: p.moved_by, p.grad = f'stopped {run.digest}', None
     unpack(run.params, run.opt, tensors)
     if ranks()[0] == 0: write_jsonl(run.folder/'log.jsonl', run.log)
 
@@ -290,6 +289,7 @@ class Run:
             for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
                                           total=self.s.steps):
                 yield self.step
+            for p in self.params.values(): p.moved_by = self.digest
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
         "One update from the gradients of all processes."
@@ -313,7 +313,7 @@ def _told(vlm, loop, run, base):
     base = base or vlm.model.name_or_path
     if Path(base).is_dir(): base = str(Path(base).resolve())
     if base == str(data_path('tiny').resolve()): base = None
-    try: base_sha256 = folder_hash(folder_of(base, local=True), WEIGHTS)
+    try: base_sha256 = folder_hash(folder_of(base, local=True))
     except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
     size = vlm.processor.size
     return dict(
@@ -339,7 +339,6 @@ def save_adapter(
     if odd: raise ValueError(f'{odd[0]} is not finite')
     told = _told(vlm, loop, run, base)
     write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
-    _sweep(folder)
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=told['base'] or 'tiny', inference_mode=True)

@@ -27,11 +27,11 @@ _WAYS = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1)
 
 def move(
     image,  # RGB image
-    step,   # number of a step, 0 to 7
+    step,   # number of a step; 8 is as 0
 ):          # RGB image of the same size; how far it was moved to the right and down, px
     "The picture as a step sees it: step 0 as it is, others moved by a 32nd of its shorter side."
     far = max(1, round(min(image.size) / 32))
-    by = tuple(far * way for way in _WAYS[step])
+    by = tuple(far * way for way in _WAYS[step % len(_WAYS)])
     moved = Image.new('RGB', image.size, image.getpixel((0, 0)))
     moved.paste(image, by)
     return moved, by
@@ -44,10 +44,6 @@ class Views(Loop):
     form: str = 'turn'          # of the dialogue in which a drawn box is judged
     prompt: str = 'See the red box: {expression}'   # asks for the verdict
     verdict: tuple = (' yes', ' no')    # the words for right and wrong, each one token
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.steps >= len(_WAYS): raise ValueError(f'steps: {self.steps}, over 7')
 
 # %% ../nbs/13_verdict.ipynb #dcc0e805
 def _as_seen(turn, size, by):

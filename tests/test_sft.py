@@ -19,6 +19,7 @@ from ivt_min.model import encode, load, question
 from ivt_min.answer import Turn, score
 from ivt_min.loop import Loop, go_on, model_policy, rollout, transcript
 from ivt_min.verdict import refine
+from ivt_min.lab import keep_answers
 from ivt_min.train import add_lora, last_checkpoint, save_adapter
 from ivt_min.sft import SFT, make_row, train_sft
 
@@ -369,18 +370,24 @@ def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch):
         assert all(p.grad is None for p in params.values())
 
 
-def test_a_run_goes_on_from_what_it_began_with(tmp_path):
+def test_a_run_goes_on_from_what_it_began_with(tmp_path, monkeypatch):
     """Other first weights, or weights that a stopped run has moved and whose checkpoints are gone: refused."""
     s = replace(TINY, steps=4, every=2)
     vlm, params = fresh(s)
     first = {n: p.detach().clone() for n, p in params.items()}
     train_sft(vlm, params, singles(3), s, tmp_path / "a")
-    with pytest.raises(ValueError, match="other weights"):
-        train_sft(vlm, params, singles(3), s, tmp_path / "b")
+    train_sft(vlm, params, singles(3), s, tmp_path / "a")       # a finished run, again
+    train_sft(vlm, params, singles(3), s, tmp_path / "b")       # a run that begins where that one ended
     other, params = fresh(s)
     with torch.no_grad(): next(iter(params.values())).add_(1e-3)
     with pytest.raises(ValueError, match="other weights"):
         train_sft(other, params, singles(3), s, tmp_path / "a")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        stopped_at(m, "sft_loss", 3)
+        train_sft(other, params, singles(3), s, tmp_path / "c")
+    for again, folder in ((s, "d"), (replace(s, lr=1e-4), "c2")):     # the stopped run has moved them
+        with pytest.raises(ValueError, match="other weights"):
+            train_sft(other, params, singles(3), again, tmp_path / folder)
     again, params = fresh(s)
     assert all(torch.equal(p, first[n]) for n, p in params.items())
     assert len(train_sft(again, params, singles(3), s, tmp_path / "a")) == 4
@@ -420,11 +427,11 @@ def test_a_run_of_something_else_does_not_go_on(tmp_path, what):
 
 def test_what_is_not_its_own_stays(tmp_path):
     """Folders and files of the user in a run's folder, also inside an old checkpoint; seven digits count as a number."""
-    for name in ("0-my-notes", "2024", "12 old", "000000"): (tmp_path / name).mkdir()
-    for name in ("0-my-notes/a.txt", "notes.txt", "000000/mine.txt", ".hidden.tmp"): (tmp_path / name).write_text("mine")
+    for name in ("0-my-notes", "2024", "12 old", "000000", "20261126", "20261127"): (tmp_path / name).mkdir()
+    for name in ("0-my-notes/a.txt", "notes.txt", "000000/mine.txt", ".hidden.tmp", ".draft.2024.tmp"): (tmp_path / name).write_text("mine")
     vlm, params = fresh(TINY)
     train_sft(vlm, params, singles(3), replace(TINY, steps=4, every=1), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"0-my-notes", "2024", "12 old", "notes.txt", ".hidden.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} >= {"0-my-notes", "2024", "12 old", "notes.txt", ".hidden.tmp", ".draft.2024.tmp", "20261126", "000003", "000004"}
     assert (tmp_path / "000000" / "mine.txt").read_text() == "mine"
     for k in (999_998, 999_999, 1_000_000): train.save_checkpoint(tmp_path, k, {}, dict(settings_hash="s"))
     assert last_checkpoint(tmp_path, "s")[0] == 1_000_000
@@ -440,6 +447,24 @@ def test_a_manifest_that_was_changed_does_not_count(tmp_path, change):
     path = tmp_path / "000004" / "manifest.json"
     path.write_text(json.dumps(change(read_json(path))))
     assert last_checkpoint(tmp_path, "s")[0] == 2
+
+
+def test_an_evaluation_leaves_the_training_as_it_was(tmp_path):
+    """The same model asked between two calls: gradients go on, and the run is the same."""
+    s = replace(TINY, steps=2, every=1)
+    vlm, params = fresh(s)
+    keep_answers(tmp_path / "asked", vlm, Loop(steps=0), dict(test=split("test", 2)))
+    log = train_sft(vlm, params, singles(3), s, tmp_path / "run")
+    keep_answers(tmp_path / "again", vlm, Loop(steps=0), dict(test=split("test", 2)))
+    assert train_sft(vlm, params, singles(3), s, tmp_path / "run") == log
+
+
+def test_another_scale_is_another_run(tmp_path):
+    vlm, params = fresh(TINY)
+    train_sft(vlm, params, singles(3), replace(TINY, steps=1), tmp_path)
+    vlm, params = fresh(replace(TINY, alpha=32))
+    with pytest.raises(ValueError, match="another run"):
+        train_sft(vlm, params, singles(3), replace(TINY, steps=1), tmp_path)
 
 
 # ---- two at once
@@ -458,7 +483,7 @@ def test_two_programs_do_not_share_a_folder(tmp_path):
     """The second is told who has it; the lock of one that was killed is free, its torn files are gone."""
     first = subprocess.Popen([sys.executable, "-c", TWICE, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "in\n"
-    torn = tmp_path / f".log.jsonl.{first.pid}.tmp"
+    torn = tmp_path / f".log.jsonl.{first.pid}.ivt.tmp"
     torn.write_text("half of a ro")
     vlm, params = fresh(TINY)
     with pytest.raises(ValueError, match=f"in use by process {first.pid} on "):

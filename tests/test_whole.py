@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ivt_min.core import data_path, read_json, write_json
 from ivt_min.loop import Loop, record
-from ivt_min.model import WEIGHTS, folder_hash, load, signature
+from ivt_min.model import folder_hash, load, signature
 from ivt_min.scenes import split
 from ivt_min.train import add_lora, save_adapter
 from ivt_min.verdict import go_round, loop_of
@@ -49,7 +49,7 @@ def fields(file="ivt.json", drop=(), sign=False, **new):
     def mutate(folder):
         said = {k: v for k, v in read_json(folder / file).items() if k not in drop} | new
         write_json(folder / file, said)
-        if sign: signed(folder)
+        if sign or file == "ivt.json": signed(folder)
     return mutate
 
 
@@ -87,6 +87,14 @@ def flipped(file, at=-9):
         data = bytearray((folder / file).read_bytes())
         data[at] ^= 1
         (folder / file).write_bytes(data)
+    return mutate
+
+
+def text_of(file, old, new):
+    def mutate(folder):
+        data = (folder / file).read_text()
+        assert old in data
+        (folder / file).write_text(data.replace(old, new))
     return mutate
 
 
@@ -169,11 +177,12 @@ ADAPTERS = {    # what was done to a folder -> the mutation, what the error name
     "an unknown field of the loop": (fields(loop=dict(steps=2, laps=3)), "laps"),
     "a loop of -1 steps": (fields(loop=dict(steps=-1)), "steps"),
     "a form that is none": (fields(loop=dict(form="spiral")), "form"),
-    "pixels of a word": (fields(pixels=["few", "many"]), "pixels"),
+    "pixels of a word": (fields(pixels=["few", "many"]), "tiny"),
     "nf4 of a word": (fields(nf4="yes"), "nf4"),
-    "its own base": (itself, "other weights"),
+    "its own base": (itself, "another base"),
     "a circle of bases": (circle, "base"),
-    "another base": (another_base, "other weights"),
+    "another base": (another_base, "another base"),
+    "a field of ivt.json": (text_of("ivt.json", '"steps": 2', '"steps": 1'), "signed"),
     "a base that is nowhere": (fields(base="/nowhere"), "nowhere"),
     "a base on the hub": (fields(base="owner/model"), "owner/model"),
 }
@@ -199,6 +208,9 @@ MODELS = {
     "another config": (fields("config.json", drop=["text_config"]), "ivt.json"),
     "no image processor": (gone("preprocessor_config.json"), "tiny"),
     "another image processor": (fields("preprocessor_config.json", image_mean=[0, 0, 0]), "ivt.json"),
+    "other settings of the tokenizer": (fields("tokenizer_config.json", pad_token="<|im_end|>"), "ivt.json"),
+    "another end of an answer": (fields("generation_config.json", eos_token_id=3), "ivt.json"),
+    "one more file that transformers reads": (text("special_tokens_map.json", "{}"), "ivt.json"),
     "an unknown field": (fields(promt="x"), "promt"),
     "a prompt without the words": (fields(prompt="where?"), "prompt"),
 }
@@ -254,8 +266,32 @@ def test_a_copy_answers_as_the_original_does(tmp_path):
     assert same[0] == same[1] == same[2]
 
 
+def test_dropout_of_an_adapter_does_not_act(tmp_path):
+    """A plain PEFT folder, as other programs write it."""
+    folder = copy_of("sft", tmp_path)
+    (folder / "ivt.json").unlink()
+    fields("adapter_config.json", lora_dropout=.5)(folder)
+    vlm = load(folder, device="cpu")
+    assert not any(part.training for part in vlm.model.modules())
+
+
+def test_an_adapter_notices_another_base(tmp_path):
+    """Of the base's files every one counts, whether it is signed or not; where it lies does not."""
+    base = copy_of("tiny", tmp_path)
+    (base / "ivt.json").unlink()
+    vlm = load(base, device="cpu", prompt="Locate: {expression}")
+    add_lora(vlm, "x", SimpleNamespace(rank=2, alpha=2, seed=0))
+    save_adapter(vlm, "x", tmp_path / "x", Loop())
+    moved = base.rename(tmp_path / "moved")
+    about = read_json(tmp_path / "x" / "ivt.json")
+    write_json(tmp_path / "x" / "ivt.json", about | dict(base=str(moved)))
+    load(tmp_path / "x", device="cpu")
+    fields("preprocessor_config.json", image_mean=[0, 0, 0])(moved)
+    with pytest.raises(ValueError, match="another base"): load(tmp_path / "x", device="cpu")
+
+
 def test_shipped_folders_are_signed():
-    base = folder_hash(data_path("tiny"), WEIGHTS)
+    base = folder_hash(data_path("tiny"))
     for about in [data_path("tiny/ivt.json"), *data_path("adapters").glob("*/ivt.json")]:
         said = read_json(about)
         assert said["sha256"] == signature(about.parent, said)
