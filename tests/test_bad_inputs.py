@@ -26,7 +26,7 @@ from bad_pictures import TRUTH, make_all, red_box, scene
 from ivt_min import cli, grpo
 from ivt_min.boxes import iou, to_permille, to_pixels
 from ivt_min.core import Sample, Trajectory, data_path, read_jsonl, write_json, write_jsonl
-from ivt_min.datasets import read_rows, scan
+from ivt_min.datasets import read_rows
 from ivt_min.evaluate import check_answers
 from ivt_min.grpo import advantage, reward, train_grpo
 from ivt_min.answer import Turn
@@ -35,7 +35,7 @@ from ivt_min.answer import score
 from ivt_min.model import ask, load, to_patches
 from ivt_min.render import draw_box, open_image
 from ivt_min.scenes import split
-from ivt_min.sft import train_sft
+from ivt_min.sft import SFT, train_sft
 from ivt_min.train import last_checkpoint, save_checkpoint
 import test_grpo
 import test_sft
@@ -104,8 +104,9 @@ class Here:
         return f"S: {row['notes'][0]}; IoU {iou(row['boxes'][0], row['truth'])}, n {len(self.run)}"
 
     def trained(self, name):
-        "A scan, which a training begins with."
-        return scan([Sample("x", "", "a", (0, 0, 9, 9), name)])
+        "What a training says of it before its first update."
+        lesson = Sample("x", "", "a", (0, 0, 9, 9), name), None
+        return train_sft(self.vlm, {}, [lesson], SFT(loop=Loop()), Path("trained"))
 
     def seen(self, name, other="plain.png"):
         "Whether a picture is drawn on and read as another is, and what the command says of it."
