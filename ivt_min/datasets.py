@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 'LAYOUTS', 'true_box', 'coco_id', 'Layout',
-           'read_rows', 'scan', 'missed', 'write_rows', 'export_ref_l4', 'export_coco', 'import_predictions']
+           'read_rows', 'scan', 'missed', 'write_rows']
 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
-from .boxes import parse_box, to_permille, to_pixels
-from .core import (Sample, Trajectory, from_row, read_json, read_jsonl, replace_file,
-                          unique, write_json, write_jsonl)
-from .evaluate import check_answers
+from .boxes import to_permille, to_pixels
+from .core import (Sample, Trajectory, read_json, read_jsonl, replace_file, unique,
+                          write_jsonl)
 from .render import open_image
 
 # %% ../nbs/20_datasets.ipynb #da7a0004
@@ -165,6 +164,7 @@ def _rows_of(path):
         except ImportError: raise ValueError(f'{path}: to read it, pip install pyarrow') from None
         return read_table(path).to_pylist()
     found = read_json(path) if kind == '.json' else read_jsonl(path)
+    if type(found) is dict: found = found.get('results')    # as some evaluators write their rows
     _must(type(found) is list, f'{path}: not a list')
     return found
 
@@ -242,75 +242,3 @@ def write_rows(
         rows.append(dict(id=x.id, source=x.source, image=image, expression=x.expression,
                          box=to_pixels(x.truth, **size), **size))
     write_jsonl(path, rows)
-
-# %% ../nbs/20_datasets.ipynb #da7a0038
-def _in_px(trajectories, samples, step):
-    "Each sample with a box of its trajectory in px, None where it has none."
-    check_answers(trajectories, samples)
-    for t, x in zip(trajectories, samples):
-        box = t.boxes[step]
-        yield x, box and to_pixels(box, x.meta['width'], x.meta['height'])
-
-def export_ref_l4(
-    trajectories,   # list of Trajectory, of all samples
-    samples,        # list of Sample, in the same order
-    path,           # JSON file
-    step=-1,        # which of the boxes, -1 the last
-):                  # nothing; raises ValueError where the two do not belong together
-    "Write boxes as Ref-L4's evaluator reads them; its ids are whole numbers."
-    write_json(path, [dict(id=int(x.id), pred_bbox=box or (0, 0, 0, 0), format='xyxy')
-                      for x, box in _in_px(trajectories, samples, step)])
-
-# %% ../nbs/20_datasets.ipynb #da7a003b
-def export_coco(
-    trajectories,   # list of Trajectory, of all samples
-    samples,        # list of Sample, in the same order
-    path,           # JSON file
-    step=-1,        # which of the boxes, -1 the last
-):                  # nothing; raises ValueError where the two do not belong together
-    "Write boxes in the form of COCO's results; a sample without a box has no row."
-    rows = []
-    for x, box in _in_px(trajectories, samples, step):
-        if not box: continue
-        x0, y0, x1, y1 = box
-        rows.append(dict(image_id=x.meta['coco_id'] or x.meta['file_name'], category_id=1,
-                         bbox=[x0, y0, x1 - x0, y1 - y0], score=1))
-    write_json(path, rows)
-
-# %% ../nbs/20_datasets.ipynb #da7a003e
-def _box_of(answer, mode, size):
-    "The box that is read from a text; four numbers must be one as they stand, else ValueError."
-    if type(answer) is not list: return parse_box(answer, mode, size).box
-    p = parse_box(json.dumps(answer), mode, size)
-    fine = p.box and not p.repairs and [*p.raw] == answer
-    _must(fine, f'{answer} is no box within the picture, as {mode}')
-    return p.box
-
-def _answered(row, x, mode):
-    "A row of answers to a sample as a trajectory; a box, a text or null a step."
-    name = 'boxes' if 'boxes' in row else 'texts'
-    kind = list if name == 'boxes' else str
-    with _at(f'id {x.id}, {name}'):
-        answers = row[name]
-        plain = type(answers) is list and {*map(type, answers)} <= {kind, type(None)}
-        _must(plain and answers, 'not one a step')
-        boxes = [_box_of(v, mode, (x.meta['width'], x.meta['height'])) for v in answers]
-    kept = answers if (name, mode) == ('texts', 'rel1000') else []  # others read as permille
-    return from_row(dict(id=x.id, source=x.source, expression=x.expression, truth=x.truth,
-                         boxes=boxes, texts=kept, confidences=row.get('confidences') or []))
-
-# %% ../nbs/20_datasets.ipynb #da7a0040
-def import_predictions(
-    path,           # JSONL file of rows with `id` and `boxes` or `texts`, perhaps `confidences`
-    samples,        # list of Sample that were asked
-    mode='rel1000', # unit of the numbers: 'rel1000' permille, 'rel1' fractions, 'abs' px
-):                  # list of Trajectory; raises ValueError that names the file, the id, the field
-    "Answers of another program as trajectories, in the order of the samples, checked."
-    rows = read_jsonl(path)
-    by_id = {str(row.get('id')): row for row in rows}
-    with _at(path):
-        wrong = unique(str(row.get('id')) for row in rows) ^ {x.id for x in samples}
-        _must(not wrong, f'ids that are asked or answered alone: {sorted(wrong)[:3]}')
-        done = [_answered(by_id[x.id], x, mode) for x in samples]
-        check_answers(done, samples)
-    return done
