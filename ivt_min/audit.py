@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['read_answers', 'in_words', 'audit', 'gallery', 'write_page']
 
-# %% ../nbs/23_audit.ipynb #0e62b049
-import base64, json, os
+# %% ../nbs/23_audit.ipynb #17309a7c
+import json, os
+from base64 import b64encode
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .core import Sample, _dumps, data_path, from_row, replace_file, to_row
+from .core import Sample, _dumps, data_path, from_row, replace_file
 from .boxes import iou, parse_box
 from .render import open_image, show
 from .evaluate import hits, ious, part_rows, result_row, target_size
-from .columns import (RULES, columns, compare, dynamics, holm, label_free, pick,
-                             single)
+from .columns import (RULES, columns, compare, dynamics, holm, label_free, single)
 from .evidence import placebo, power, reliability, risk_coverage
 from .datasets import _SIZE, _at, _must, _picture, _rows_of, missed
 
-# %% ../nbs/23_audit.ipynb #00d3fab9
+# %% ../nbs/23_audit.ipynb #aa08dcea
 _CALLED = dict(     # what other programs call the fields of a row
     question='expression', problem='expression', normal_caption='expression',
     ground_truth='truth', solution='truth', image_path='image',
@@ -34,58 +34,49 @@ def _read_box(answer, mode, size):
     _must(found.raw or text in (answer, 'null'), f'box {text:.60}: not four numbers')
     return found
 
-# %% ../nbs/23_audit.ipynb #9601b0ec
+# %% ../nbs/23_audit.ipynb #1abf0e3b
 def _size(x): return [x.meta.get(side) or 0 for side in _SIZE]  # of a sample's picture, px, 0 unknown
 
 def _asked(row, name, mode, images):
     "The sample that a row of answers tells of itself, and the numbers of its truth."
-    image, size = None, [row.get(side) for side in _SIZE]
+    image = None
     with suppress(ValueError): image = _picture(row.get('image'), images)
-    if mode == 'abs' and None in size: size = open_image(image or f'{name}: no size').size
+    size = [row.get(side) for side in _SIZE]
+    if mode == 'abs' and None in size: size = open_image(image or 'neither size nor picture').size
     truth = _read_box(row.get('truth'), mode, size)
     _must(truth.box and 'ordered' not in truth.repairs, f'truth {row.get("truth")}: no box')
-    x = Sample(name, str(row.get('source', '')), str(row.get('expression', '')), truth.box, image,
-               dict(zip(_SIZE, size)))
-    return x, truth.raw
+    return Sample(name, str(row.get('source', 'all')), str(row.get('expression', '')), truth.box,
+                  image, dict(zip(_SIZE, size))), truth.raw
 
-# %% ../nbs/23_audit.ipynb #91e87992
+# %% ../nbs/23_audit.ipynb #d5c6a695
 def _answered(row, x, mode):
     "A row of answers to a sample as a trajectory, and the numbers of each."
     texts = row.get('texts', [])
     if type(texts) is str: texts = [texts]
     answers = row.get('boxes', texts)
     _must(type(answers) is list and answers, 'neither `boxes` nor `texts`, one a step')
-    size = _size(x)
-    found = [_read_box(answer, mode, size) for answer in answers]
-    notes = [[p.error, *p.repairs] for p in found]
-    for p, note, text in zip(found, notes, texts):
-        if p.box and iou(_read_box(text, mode, size).box, p.box) < .99: note.append('text differs')
-    if 'single' in row: x.meta['single'] = _read_box(row['single'], mode, size).box
-    more = {k: row[k] for k in ('confidences', 'verdicts', 'kept') if k in row}
-    t = from_row(dict(
+    found = [_read_box(answer, mode, _size(x)) for answer in answers]
+    heard = [_read_box(text, mode, _size(x)) for text in texts] or found
+    notes = [[q.error, *q.repairs, 'text differs' if q.box != p.box else '']
+             for p, q in zip(found, heard)]
+    if 'single' in row: x.meta['single'] = _read_box(row['single'], mode, _size(x)).box
+    more = {field: row[field] for field in ('confidences', 'verdicts', 'kept') if field in row}
+    return from_row(more | dict(
         id=x.id, source=x.source, expression=x.expression, truth=x.truth, texts=texts,
-        boxes=[p.box for p in found], notes=['; '.join(filter(None, n)) for n in notes], **more))
-    return t, [p.raw for p in found]
+        boxes=[p.box for p in found], notes=['; '.join(filter(None, note)) for note in notes])
+        ), [p.raw for p in found if p.raw]
 
-def _to_the_end(t, steps):
-    "A trajectory that stopped early, with its last answer repeated."
-    more = steps - len(t.boxes)
-    longer = {name: getattr(t, name) + getattr(t, name)[-1:] * more
-              for name in ('boxes', 'confidences', 'texts', 'verdicts')}
-    return replace(t, **longer, notes=t.notes + ['stopped before'] * more)
-
-# %% ../nbs/23_audit.ipynb #caded6f9
+# %% ../nbs/23_audit.ipynb #31da442a
 def _check_unit(seen, mode, what):
     "Refuse boxes of another unit, with a guess; `seen`: four numbers and the picture's size, each."
     far = np.array([(max(raw[::2]), max(raw[1::2])) for raw, _ in seen])    # (n, 2)
-    sizes = np.array([size for _, size in seen])                            # (n, 2), px
-    ends = dict(rel1=np.ones_like(sizes), rel1000=np.full_like(sizes, 1000), abs=sizes)
-    held = [unit for unit in ends if (far <= ends[unit]).mean() >= .95]
-    guess = min(held, key=lambda unit: ends[unit].sum(), default='pixels of larger pictures')
-    wrong = mode not in held or len(seen) > 19 and guess != mode
-    _must(not wrong, f'{what}: read as {mode}, but the numbers look like {guess}')
+    ends = dict(rel1=1, rel1000=1000, abs=np.array([size for _, size in seen]))
+    held = {unit: np.mean(end) for unit, end in ends.items() if (far <= end).mean() >= .95}
+    guess = min(held, key=held.get, default='pixels of larger pictures')
+    fine = mode in held and (guess == mode or len(seen) < 20)
+    _must(fine, f'{what}: read as {mode}, but the numbers look like {guess}')
 
-# %% ../nbs/23_audit.ipynb #d5cff1ba
+# %% ../nbs/23_audit.ipynb #3dfba26a
 def read_answers(
     path,           # rows, .jsonl, .json or .parquet; in JSON they may stand under 'results'
     samples=None,   # list of Sample that were asked; by default the rows tell what was asked
@@ -103,19 +94,23 @@ def read_answers(
             name = str(row.get('id', f'{path.stem}-{i:04d}'))
             _must(name not in done, f'id {name!r} is there twice')
             if samples is None:
-                asked[name], raw = _asked(row, name, unit, images or path.parent)
-                truths.append((raw, _size(asked[name])))
+                asked[name], truth = _asked(row, name, unit, images or path.parent)
+                truths.append((truth, _size(asked[name])))
             _must(name in asked, f'id {name!r}: nobody asked')
             done[name], raws = _answered(row, asked[name], mode)
-            seen += [(raw, _size(asked[name])) for raw in raws if raw]
+            seen += [(raw, _size(asked[name])) for raw in raws]
+    _must(seen, f'{path}: no box in it')
     if truths: _check_unit(truths, unit, f'{path}: truths')
-    if seen: _check_unit(seen, mode, f'{path}: answers')
-    _must(done, f'{path}: no rows')
+    _check_unit(seen, mode, f'{path}: answers')
     steps = max(len(t.boxes) for t in done.values())
-    answers = [done.get(x.id) or missed(x, 'nobody answered', steps) for x in asked.values()]
-    return [_to_the_end(t, steps) for t in answers], [*asked.values()]
+    def to_the_end(t):      # where it stopped early, its last answer stands
+        rest = steps - len(t.boxes)
+        return replace(t, boxes=t.boxes + t.boxes[-1:] * rest,
+                       notes=t.notes + ['stopped before'] * rest)
+    return [to_the_end(done.get(x.id) or missed(x, 'nobody answered', steps))
+            for x in asked.values()], [*asked.values()]
 
-# %% ../nbs/23_audit.ipynb #84740c73
+# %% ../nbs/23_audit.ipynb #8a383130
 def _differences(name, test, free, controls):
     "Rows of `compare`; p is corrected over all of them but the oracles'."
     first = single(test, 'step 0')
@@ -129,73 +124,75 @@ def _differences(name, test, free, controls):
     for row, p in zip(family, holm([row['p'] for row in family])): row['holm'] = p
     return rows
 
-# %% ../nbs/23_audit.ipynb #1b328935
+# %% ../nbs/23_audit.ipynb #0b7b1eed
 def _knows(name, test):
     "Rows of `reliability` and `risk_coverage`; none where the loop says nothing of its boxes."
     field = 'verdicts' if any(t.verdicts for t in test) else 'confidences'
-    said = [(v, iou(box, t.truth)) for t in test
-            for box, v in zip(t.boxes, getattr(t, field)) if v is not None]
-    if not said: return []
-    value, score = np.array(said).T
-    if field == 'verdicts': chance, unasked = 1 / (1 + np.exp(-value)), np.inf
-    else: chance, unasked = np.exp(np.minimum(0, value)), -np.inf
-    answers = [(dict(enumerate(getattr(t, field))).get(t.kept or 0), pick(t, 'kept')) for t in test]
-    sure = np.array([unasked if v is None else v for v, _ in answers])
-    right = hits([iou(box, t.truth) for t, (_, box) in zip(test, answers)], .5)
-    return reliability(chance, hits(score, .5), run=name) + risk_coverage(sure, right, name)
+    said = np.array([(getattr(t, field) or [None])[t.kept or 0] for t in test], float)     # or NaN
+    right = hits(ious(single(test, 'kept')), .5)
+    asked = np.isfinite(said)
+    if not asked.any(): return []
+    chance, others = np.exp(said), -np.inf
+    if field == 'verdicts': chance, others = 1 / (1 + np.exp(-said)), np.inf    # undisputed: sure
+    return reliability(name, chance[asked], right[asked]) + risk_coverage(
+        name, np.where(asked, said, others), right)
 
-# %% ../nbs/23_audit.ipynb #874f478e
+# %% ../nbs/23_audit.ipynb #0696586e
 def _warnings(test):
     "What must be said of the answers: what, of how many samples, of which first."
     found = {}      # what -> ids
     for t in test:
-        said = {what for note in t.notes for what in note.split('; ') if what}
-        if any((v or 0) > 0 for v in t.confidences): said.add('log-probability above 0')
-        for what in said: found.setdefault(what, []).append(t.id)
-    return [dict(what=what, n=len(found[what]), ids=found[what][:5]) for what in sorted(found)]
+        above = ['log-probability above 0' for v in t.confidences if (v or 0) > 0]
+        for what in sorted({*'; '.join([*t.notes, *above]).split('; ')} - {''}):
+            found.setdefault(what, []).append(t.id)
+    return [dict(what=what, n=len(ids), ids=ids[:5]) for what, ids in found.items()]
 
-# %% ../nbs/23_audit.ipynb #168aa34d
+# %% ../nbs/23_audit.ipynb #908c9dec
 def in_words(
     rows,   # dicts of `audit`
     rule,   # the label-free one
 ):          # text
     "What the rows say, in one sentence, by mean IoU."
     of = {row['column']: row for row in rows if row['metric'] == 'd_miou'}
-    def points(row): return '{:+.1f} points [{:+.1f}, {:+.1f}]'.format(
-        *(100 * row[k] for k in ('value', 'low', 'high')))
-    gain = of.pop('label-free vs step 0')
-    others = {column[14:]: row for column, row in of.items() if column.startswith('label-free vs ')}
-    level = [f'{other} ({points(row)} against it)' for other, row in others.items() if row['low'] <= 0]
-    head = 'Gain' if gain['low'] > 0 else 'Loss' if gain['high'] < 0 else 'No gain shown'
-    text = f'{head} without labels: {points(gain)} of mean IoU, n = {gain["n"]} (rule: {rule})'
-    if gain['low'] > 0 and level: text += f', but none shown over {", ".join(level)}'
-    elif gain['low'] > 0 and others: text += f', and over {", ".join(others)}'
+    said = {column: '{:+.1f} points [{:+.1f}, {:+.1f}]'.format(
+        *(100 * row[k] for k in ('value', 'low', 'high'))) for column, row in of.items()}
+    ours = 'label-free vs step 0'
+    others = [column for column in of if column.startswith('label-free vs') and column != ours]
+    level = [f'{column[14:]} ({said[column]} against it)' for column in others
+             if of[column]['low'] <= 0]
+    head = 'Gain' if of[ours]['low'] > 0 else 'Loss' if of[ours]['high'] < 0 else 'No gain shown'
+    text = f'{head} without labels: {said[ours]} of mean IoU, n = {of[ours]["n"]} (rule: {rule})'
     if not others: text += '; no control of equal compute was given'
-    return (f'{text}; the last step shows {points(of["last vs step 0"])}, '
+    if head == 'Gain' and level: text += f', but none shown over {", ".join(level)}'
+    return (f'{text}; the last step shows {said["last vs step 0"]}, '
             f'the oracle column {100 * of["oracle vs step 0"]["value"]:+.1f}')
 
-# %% ../nbs/23_audit.ipynb #e052d15a
+# %% ../nbs/23_audit.ipynb #65757312
 def audit(
     name,       # of the run
     test,       # list of Trajectory of two boxes or more, as of `read_answers`; else ValueError
     val=None,   # list of Trajectory that choose the label-free rule; by default cross-fitted
     controls=None,  # name -> list of Trajectory with one box each, of the same samples
+    samples=(),     # list of core.Sample, in the same order; their `single` answers are a control
 ):              # dict, as JSON: verdict, rows, n, rule, least, needed, warnings
     "Everything that is to be said of a loop's answers, and the verdict first."
     free, rule = label_free(test, val)
-    first = ious(test)
-    gain = ious(free) - first
+    controls = dict(controls or {})
+    if any('single' in x.meta for x in samples):
+        controls['single'] = [replace(t, boxes=[x.meta.get('single')]) for t, x in zip(free, samples)]
+    gain = ious(free) - ious(test)
     parts = [[t.source for t in test], [*map(target_size, test)]]
     rows = [*columns(name, test, val), *dynamics(name, test),
-            *_differences(name, test, free, controls or {}),
-            *(result_row(name, f'rule {other}', 'd_miou', ious(single(test, other)) - first)
-              for other in RULES),
+            *_differences(name, test, free, controls),
             *part_rows(name, 'gain', dict(d_miou=gain), parts), *_knows(name, test)]
-    least, needed = power(gain if gain.any() else ious(test, -1) - first)
+    for other in RULES:
+        rows.append(result_row(name, f'rule {other}', 'd_miou',
+                               ious(single(test, other)) - ious(test)))
+    least, needed = power(gain if gain.any() else ious(test, -1) - ious(test))
     return dict(verdict=in_words(rows, rule), run=name, n=len(test), rule=rule, rows=rows,
                 least=least, needed=needed, warnings=_warnings(test))
 
-# %% ../nbs/23_audit.ipynb #b40a4231
+# %% ../nbs/23_audit.ipynb #e54394f4
 def gallery(
     test,       # list of Trajectory
     samples,    # list of core.Sample, in the same order; one whose picture does not open has none
@@ -203,20 +200,21 @@ def gallery(
     side=224,   # of a picture, px
 ):              # dicts, as JSON; kind: mended, broken, kept wrong or kept right
     "The first samples of each kind, in their order, with their steps and a small picture."
+    kinds = {(True, True): 'kept right', (True, False): 'broken',
+             (False, True): 'mended', (False, False): 'kept wrong'}
     cards, count = [], Counter()
     for t, x in zip(test, samples, strict=True):
         scores = [iou(box, t.truth) for box in t.boxes]
-        was, is_ = hits([scores[0], scores[-1 if t.kept is None else t.kept]], .5)
-        kind = ('mended' if is_ else 'kept wrong') if not was else 'kept right' if is_ else 'broken'
+        ends = scores[0], scores[-1 if t.kept is None else t.kept]
+        kind = kinds[tuple(hits(ends, .5).tolist())]
         count[kind] += 1
         if count[kind] > most: continue
         picture = None
-        with suppress(ValueError):
-            picture = base64.b64encode(show(x.image, side=side)._repr_jpeg_()).decode()
-        cards.append(dict(to_row(t), kind=kind, ious=scores, picture=picture))
+        with suppress(ValueError): picture = b64encode(show(x.image, side=side)._repr_jpeg_())
+        cards.append(dict(vars(t), kind=kind, ious=scores, picture=picture and picture.decode()))
     return cards
 
-# %% ../nbs/23_audit.ipynb #6639d068
+# %% ../nbs/23_audit.ipynb #61a4d794
 def write_page(
     path,   # HTML file
     found,  # dict of `audit`, perhaps with `cards` of `gallery`

@@ -1,8 +1,9 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, json, os, runpy, sys, tempfile, warnings
+from dataclasses import replace
 from pathlib import Path
 from . import __version__
-from .core import data_path, read_json
+from .core import data_path, read_json, read_jsonl
 from .datasets import LAYOUTS, read_rows
 
 RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
@@ -16,10 +17,10 @@ def demo(args):     # of the command line
     from .render import filmstrip, stack
     from .scenes import split
     from .verdict import free_cores, go_round, loop_of
-    writable(args.out)
+    out = writable(args.out or 'ivt_min_demo.jpg')
     films = []
     with free_cores():
-        vlm = load(args.model, args.device)
+        vlm = load(args.model or 'single', args.device)
         done = go_round(vlm, split('test', 8 * args.n), loop_of(vlm, args.steps))
         done.sort(key=lambda e: not any(e.verdicts))    # first those whose answers dispute
         for e in done[:args.n]:
@@ -29,8 +30,8 @@ def demo(args):     # of the command line
                 if k == e.kept: texts[k] += ', kept'
             films.append(filmstrip(e.image, e.boxes, e.sample.truth, texts, e.sample.expression,
                                    side=140))
-    stack(films).save(args.out)
-    print(f"wrote {args.out}: a row a scene; the truth is green, the model's box red\n")
+    stack(films).save(out)
+    print(f"wrote {out}: a row a scene; the truth is green, the model's box red\n")
     print('mean IoU on the test scenes; oracle picks the best step with the labels: no method')
     rows = read_json(data_path('runs/results.json'))
     print(f'{four_columns(rows, RUNS, "miou")}\nAll runs: nbs/lab/40_results.ipynb')
@@ -46,15 +47,16 @@ def refine(args):       # of the command line
     "Find what the words mean in one picture or many: print the steps, and write pictures of them."
     from .model import find_model
     from .verdict import check_pictures, refine
-    find_model(args.model)
+    model = args.model or 'single'
+    find_model(model)
     check_pictures(args.image, args.expression)     # what is wrong is said before the work
     files = outputs(args)
     for k in range(0, len(files), args.batch):
         part = args.image[k:k + args.batch]
-        found = refine(part, args.expression, args.model, args.steps, args.device)
+        found = refine(part, args.expression, model, args.steps, args.device)
         for image, one, file in zip(part, found, files[k:]):
             if file: one.save(file)
-            line = dict(image=image, model=args.model, **one.to_dict())
+            line = dict(image=image, model=model, **one.to_dict())
             print(json.dumps(line) if args.json else said(image, one, file), flush=True)
 
 def said(
@@ -74,25 +76,38 @@ def said(
     lines.append(f'  final: {px(found.final)}; wrote {file}')
     return '\n'.join(lines)
 
+def ask(
+    args,       # of the command line
+    folder,     # where the answers are kept
+):              # VLM, its loop, the samples and the answers of each split
+    "Ask a model the rows that are named, or else the benchmark."
+    from .lab import keep_answers
+    from .model import load
+    from .scenes import split
+    from .verdict import loop_of, remind
+    files = {name: path for name, path in (('test', args.data), ('val', args.val)) if path}
+    samples = {name: read_rows(path, LAYOUTS[args.layout], args.images)
+               for name, path in files.items()}
+    if not args.data: samples = {name: split(name) for name in ('test', 'val')}
+    shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
+    if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
+    vlm = load(args.model, args.device, args.nf4 or None)
+    remind(vlm)
+    loop = loop_of(vlm, args.steps)
+    return vlm, loop, samples, keep_answers(Path(folder), vlm, loop, samples, args.batch)
+
+def kept_in(args):      # of the command line
+    "Where the answers of a model are kept, unless it is said."
+    return f'ivt_min_runs/{Path(args.model).name}-{Path(args.data or "benchmark").stem}'
+
 def evaluate(args):     # of the command line
     "Ask a model every row (image, expression, box in px) of a file; print the four columns."
     from .columns import columns
     from .evaluate import table
-    from .lab import keep_answers
-    from .model import load
     from .train import ranks
-    from .verdict import free_cores, loop_of, remind
-    data = dict(test=args.data)
-    if args.val: data['val'] = args.val
-    samples = {split: read_rows(path, LAYOUTS[args.layout], args.images)
-               for split, path in data.items()}
-    shared = {x.id for x in samples['test']} & {x.id for x in samples.get('val', [])}
-    if shared: raise ValueError(f'id {min(shared)} in test and in val; give each row an `id`')
-    folder = Path(args.out or f'ivt_min_runs/{Path(args.model).name}-{Path(args.data).stem}')
-    with free_cores():
-        vlm = load(args.model, args.device, args.nf4 or None)
-        remind(vlm)
-        done = keep_answers(folder, vlm, loop_of(vlm, args.steps), samples, args.batch)
+    from .verdict import free_cores
+    folder = Path(args.out or kept_in(args))
+    with free_cores(): *_, done = ask(args, folder)
     if ranks()[0]: return   # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []),
                    rule=None if args.val else 'confident')     # where no rows choose it
@@ -100,6 +115,60 @@ def evaluate(args):     # of the command line
     how = f'chosen on {args.val}' if args.val else 'fixed beforehand; the rows of --val choose one'
     print(f'{table(rows)}\nlabel-free: the box by the rule {rule}, {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
+
+def answers(
+    args,       # of the command line
+    run,        # folder of a run, or file of any program's answers
+    name='test',    # which part of a run
+    samples=None,   # that were asked; by default the benchmark's, or what the rows say
+):              # list of Trajectory; list of core.Sample
+    "What was answered, and to what."
+    from .audit import read_answers
+    from .scenes import split
+    path = Path(run)
+    if path.is_dir():
+        path = next(path.glob(f'{name}.jsonl*'), path/f'{name}.jsonl')
+        [ours], rows = split(name, 1), read_jsonl(path)
+        if samples is None and rows[:1] and rows[0].get('expression') == ours.expression:
+            samples = split(name)
+    return read_answers(path, samples, args.mode, args.truth_mode, args.images)
+
+def summary(found):     # dict of `audit`; text
+    "An audit in words: the verdict, the columns, what is compared, what must be said."
+    from .columns import COLUMNS
+    from .evaluate import table
+    columns = [row for row in found['rows'] if row['column'] in COLUMNS]
+    compared = [row for row in found['rows'] if ' vs ' in row['column']]
+    metrics = 'd_acc50', 'd_acc70', 'd_acc90', 'd_miou'
+    said = ['{what}: {n} samples, such as {ids[0]}'.format(**row) for row in found['warnings']]
+    return '\n\n'.join(map(str, (found['verdict'], table(columns), table(compared, metrics), *said)))
+
+def audit(args):        # of the command line
+    "Say whether a loop gains without labels: of a run, of any program's answers, or of a model."
+    from .audit import audit, gallery, write_page
+    from .columns import label_free
+    if not (args.run or args.model): raise ValueError('a RUN, or a --model that is asked')
+    page = writable(args.out or f'ivt_min_{args.command}.html')
+    run = Path(args.run or kept_in(args))
+    val, swaps = None, []
+    if args.model:
+        from .lab import keep_swaps
+        vlm, loop, samples, done = ask(args, run)
+        samples, test, val = samples['test'], done['test'], done.get('val')
+        swaps = keep_swaps(run, vlm, loop, samples, test, args.batch)
+    else:
+        rows = read_rows(args.truth, LAYOUTS[args.layout], args.images) if args.truth else None
+        test, samples = answers(args, run, samples=rows)
+        if args.val or [*run.glob('val.jsonl*')]: val, _ = answers(args, args.val or run, 'val')
+    found = dict(run=run.stem, n=len(test))
+    if args.command == 'audit':
+        controls = {Path(other).stem: label_free(answers(args, other, samples=samples)[0])[0]
+                    for other in args.baseline}
+        found = audit(run.stem, test, val, controls, samples)
+        found['rows'] += swaps
+        print(json.dumps(found) if args.json else summary(found))
+    write_page(page, found | dict(cards=gallery(test, samples)))
+    print(f'wrote {page}', file=sys.stderr)
 
 def reproduce(args):    # of the command line
     "Make the stored runs again, from the shipped base; what that costs is said before."
@@ -116,56 +185,65 @@ def whole(least):   # number
     return number
 
 def writable(path):     # file
-    "The path, once it is sure that a picture can be written there; ValueError or OSError."
+    "The path, once it is sure that a picture or a page can be written there; ValueError or OSError."
     from .render import format_of
     path = Path(path)
-    format_of(path)
+    if path.suffix != '.html': format_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent): return path
     except OSError as e: raise ValueError(f'{path}: cannot be written ({e.strerror})') from None
 
-COMMANDS = dict(    # its function, an example
-    demo=(demo, 'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
-    refine=(refine,
+FLAG = dict(action='store_true')
+OPTIONS = {     # of any command
+    'image': dict(nargs='+', help='path of a picture'),
+    'expression': dict(help='what to look for, in words'),
+    'model': dict(help='what comes along, a folder, or a name on the hub'),
+    'data': dict(help='rows, .jsonl, .json or .parquet; pictures lie beside them'),
+    'run': dict(nargs='?', help='folder of a run, or rows of any program: id, expression, truth, '
+                                'boxes or texts, one a step; also confidences, image, single'),
+    '--model': dict(help='what comes along, a folder, or a name on the hub'),
+    '--data': dict(help='rows that a --model is asked; by default the benchmark'),
+    '--truth': dict(help='rows that have the true boxes, with --layout; by default RUN has them'),
+    '--val': dict(help='rows of the same form that choose the label-free rule'),
+    '--baseline': dict(action='append', default=[], help='answers with as much compute; may come again'),
+    '--mode': dict(default='rel1000', choices=('rel1000', 'rel1', 'abs'),
+                   help='unit of the answers: permille, fractions, or px'),
+    '--truth-mode': dict(choices=('rel1000', 'rel1', 'abs'),
+                         help='unit of true boxes in RUN, where it is another'),
+    '--layout': dict(default='own', choices=LAYOUTS, help='how rows are written: own (a box is '
+                     'x0, y0, x1, y1), own-xywh, or as in a real set'),
+    '--images': dict(help='folder of the pictures; by default that of the rows'),
+    '--steps': dict(type=whole(0), help='answers after the first'),
+    '--device': dict(help="'cpu', 'cuda' ...; by default a GPU if there is one"),
+    '--nf4': FLAG | dict(help='hold the language model in 4 bits'),
+    '--batch': dict(type=whole(1), default=16, help='pictures at once'),
+    '-n': dict(type=whole(2), default=4, help='number of scenes'),
+    '--json': FLAG | dict(help='JSON in place of words'),
+    '--out': dict(help='what is written: a picture or a page; of many pictures or a run, a folder'),
+    '--only': dict(help='name of one run'),
+    '--list': FLAG | dict(help='only say what it costs')}
+ASKED = ('--truth --val --baseline --mode --truth-mode --layout --images --out '
+         '--model --data --steps --device --nf4 --batch')   # of an audit
+COMMANDS = dict(    # its function, what it takes, an example
+    demo=(demo, '-n --model --steps --device --out', 'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
+    refine=(refine, 'image expression --model --steps --device --batch --json --out',
             'ivt_min refine data/examples/scene-0.png "the large red star" --json'),
-    evaluate=(evaluate,
+    evaluate=(evaluate, 'model data --val --layout --images --steps --device --nf4 --batch --out',
               'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'),
-    reproduce=(reproduce, 'ivt_min reproduce --only grpo_paper-s0 --list'))
+    audit=(audit, f'run {ASKED} --json', 'ivt_min audit data/runs/naive --baseline data/runs/base'),
+    gallery=(audit, f'run {ASKED}', 'ivt_min gallery data/runs/naive'),
+    reproduce=(reproduce, '--only --list', 'ivt_min reproduce --only grpo_paper-s0 --list'))
 
 def build_parser():
     "All commands and their options."
     parser = argparse.ArgumentParser(prog='ivt_min', description=__doc__)
     parser.add_argument('--version', action='version', version=f'ivt_min {__version__}')
     commands = parser.add_subparsers(dest='command', help='by default demo')
-    show, one, all_of, again = [
-        commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                            epilog=f'example: {example}')
-        for name, (run, example) in COMMANDS.items()]
-    for p in (show, one, all_of):
-        p.add_argument('--steps', type=whole(0), help='answers after the first')
-        p.add_argument('--device', help="'cpu', 'cuda' ...; by default a GPU if there is one")
-    for p in (show, one):
-        p.add_argument('--model', default='single',
-                       help='what comes along, a folder, or a name on the hub; else single')
-    show.add_argument('-n', type=whole(2), default=4, help='number of scenes')
-    show.add_argument('--out', default='ivt_min_demo.jpg', help='picture to write')
-    one.add_argument('image', nargs='+', help='path of a picture')
-    one.add_argument('expression', help='what to look for, in words')
-    one.add_argument('--json', action='store_true', help='a line of JSON a picture')
-    one.add_argument('--out', help='picture to write; with several pictures, a folder of them')
-    all_of.add_argument('model', help='what comes along, a folder, or a name on the hub')
-    all_of.add_argument('data', help='rows, .jsonl, .json or .parquet; pictures lie beside them')
-    all_of.add_argument('--val', help='rows of the same form that choose the label-free rule')
-    all_of.add_argument('--layout', default='own', choices=LAYOUTS, help='how the rows are '
-                        'written: own (a box is x0, y0, x1, y1), own-xywh, or as in a real set')
-    all_of.add_argument('--images', help='folder of the pictures; by default that of the rows')
-    all_of.add_argument('--nf4', action='store_true', help='hold the language model in 4 bits')
-    all_of.add_argument('--out', help='folder of the run; asked again, it goes on from there')
-    for p in (one, all_of):
-        p.add_argument('--batch', type=whole(1), default=16, help='pictures at once')
-    again.add_argument('--only', help='name of one run')
-    again.add_argument('--list', action='store_true', help='only say what it costs')
+    for name, (run, options, example) in COMMANDS.items():
+        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                  epilog=f'example: {example}')
+        for option in options.split(): one.add_argument(option, **OPTIONS[option])
     return parser
 
 def note(

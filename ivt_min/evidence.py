@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['placebo', 'power', 'reliability', 'risk_coverage']
 
-# %% ../nbs/14_evidence.ipynb #4fee707b
+# %% ../nbs/14_evidence.ipynb #4f10546e
 import math
 from dataclasses import replace
 import numpy as np
@@ -13,7 +13,7 @@ from .boxes import area
 from .core import rng
 from .evaluate import result_row
 
-# %% ../nbs/14_evidence.ipynb #3bc77f95
+# %% ../nbs/14_evidence.ipynb #69165cc0
 def placebo(
     trajectories,   # list of Trajectory of a loop
     seed=0,         # of who moves as whom
@@ -34,32 +34,28 @@ def _moved_as(t, other):
     return replace(t, boxes=[first, *map(moved, other.boxes[1:])],
                    confidences=[], texts=[], notes=[], verdicts=[], kept=None)
 
-# %% ../nbs/14_evidence.ipynb #7a66f0ec
-def power(
-    differences,    # (n,), new - old, n >= 2
-    wanted=.01,     # a mean that one would like to see
-):                  # the least mean that n show four times in five; how many show the wanted one so
-    "What so many differences could have shown, by the normal distribution."
+# %% ../nbs/14_evidence.ipynb #6c8759fb
+def power(differences):     # (n,), new - old, n >= 2
+    "The least mean that so many show four times in five; how many would show .01 so often."
     reach = 2.8 * float(np.std(differences, ddof=1))    # 1.96 for the interval, .84 for 4 in 5
-    return reach / math.sqrt(len(differences)), math.ceil((reach / wanted) ** 2)
+    return reach / math.sqrt(len(differences)), math.ceil((reach / .01) ** 2)
 
-# %% ../nbs/14_evidence.ipynb #6fe178ae
+# %% ../nbs/14_evidence.ipynb #44548d1b
 def reliability(
-    said,       # (n,), probability that an answer is right, as the model says
-    right,      # (n,) bool, whether it is
-    bins=10,    # of one width
-    run='',     # its name
-):              # dicts as of `result_row`, one a bin that has any; `said`: its mean confidence
+    run,    # its name
+    said,   # (n,), probability that an answer is right, as the model says
+    right,  # (n,) bool, whether it is
+):                    # dicts as of `result_row`, one a bin that has any; `said`: its mean confidence
     "How often answers are right of which the model is about equally sure."
-    bin_of = np.minimum(bins - 1, (said * bins).astype(int))
-    return [dict(result_row(run, 'reliability', f'bin {k}', right[bin_of == k]),
+    bin_of = np.minimum(9, np.floor(said * 10))
+    return [dict(result_row(run, 'reliability', f'bin {k:.0f}', right[bin_of == k]),
                  said=float(said[bin_of == k].mean())) for k in np.unique(bin_of)]
 
-# %% ../nbs/14_evidence.ipynb #f33dd937
+# %% ../nbs/14_evidence.ipynb #280a0bf4
 def risk_coverage(
+    run,    # its name
     sure,   # (n,), higher where the model is surer; the order counts
     right,  # (n,) bool
-    run='', # its name
 ):          # dicts as of `result_row`, one for each tenth of coverage; `coverage`: the share
     "What is wrong of the surest tenth, fifth ... of the answers."
     wrong = ~right[np.argsort(-sure, kind='stable')]
