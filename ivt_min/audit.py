@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['read_answers', 'in_words', 'audit', 'gallery', 'write_page']
 
-# %% ../nbs/23_audit.ipynb #17309a7c
+# %% ../nbs/23_audit.ipynb #e1f9c480
 import json, os
 from base64 import b64encode
-from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from .columns import (RULES, columns, compare, dynamics, holm, label_free, singl
 from .evidence import placebo, power, reliability, risk_coverage
 from .datasets import _SIZE, _at, _must, _picture, _rows_of, missed
 
-# %% ../nbs/23_audit.ipynb #aa08dcea
+# %% ../nbs/23_audit.ipynb #b262e1ad
 _CALLED = dict(     # what other programs call the fields of a row
     question='expression', problem='expression', normal_caption='expression',
     ground_truth='truth', solution='truth', image_path='image',
@@ -34,21 +33,21 @@ def _read_box(answer, mode, size):
     _must(found.raw or text in (answer, 'null'), f'box {text:.60}: not four numbers')
     return found
 
-# %% ../nbs/23_audit.ipynb #1abf0e3b
+# %% ../nbs/23_audit.ipynb #b2f18596
 def _size(x): return [x.meta.get(side) or 0 for side in _SIZE]  # of a sample's picture, px, 0 unknown
 
 def _asked(row, name, mode, images):
-    "The sample that a row of answers tells of itself, and the numbers of its truth."
+    "The sample that a row of answers tells of itself; `truth` in its meta: the numbers as written."
     image = None
     with suppress(ValueError): image = _picture(row.get('image'), images)
     size = [row.get(side) for side in _SIZE]
     if mode == 'abs' and None in size: size = open_image(image or 'neither size nor picture').size
     truth = _read_box(row.get('truth'), mode, size)
-    _must(truth.box and 'ordered' not in truth.repairs, f'truth {row.get("truth")}: no box')
+    _must(truth.box and 'ordered' not in truth.repairs, f'truth {row.get("truth")}: no {mode} box')
     return Sample(name, str(row.get('source', 'all')), str(row.get('expression', '')), truth.box,
-                  image, dict(zip(_SIZE, size))), truth.raw
+                  image, dict(zip(_SIZE, size), truth=truth.raw))
 
-# %% ../nbs/23_audit.ipynb #d5c6a695
+# %% ../nbs/23_audit.ipynb #595a8813
 def _answered(row, x, mode):
     "A row of answers to a sample as a trajectory, and the numbers of each."
     texts = row.get('texts', [])
@@ -66,17 +65,19 @@ def _answered(row, x, mode):
         boxes=[p.box for p in found], notes=['; '.join(filter(None, note)) for note in notes])
         ), [p.raw for p in found if p.raw]
 
-# %% ../nbs/23_audit.ipynb #31da442a
+# %% ../nbs/23_audit.ipynb #d98ff80e
 def _check_unit(seen, mode, what):
     "Refuse boxes of another unit, with a guess; `seen`: four numbers and the picture's size, each."
     far = np.array([(max(raw[::2]), max(raw[1::2])) for raw, _ in seen])    # (n, 2)
     ends = dict(rel1=1, rel1000=1000, abs=np.array([size for _, size in seen]))
-    held = {unit: np.mean(end) for unit, end in ends.items() if (far <= end).mean() >= .95}
+    few = len(seen) < 20
+    held = {unit: np.mean(end) for unit, end in ends.items()
+            if (far <= end).mean() >= (.5 if few else .95)}
     guess = min(held, key=held.get, default='pixels of larger pictures')
-    fine = mode in held and (guess == mode or len(seen) < 20)
+    fine = mode in held and (guess == mode or few)
     _must(fine, f'{what}: read as {mode}, but the numbers look like {guess}')
 
-# %% ../nbs/23_audit.ipynb #3dfba26a
+# %% ../nbs/23_audit.ipynb #bde4ffba
 def read_answers(
     path,           # rows, .jsonl, .json or .parquet; in JSON they may stand under 'results'
     samples=None,   # list of Sample that were asked; by default the rows tell what was asked
@@ -85,32 +86,31 @@ def read_answers(
     images=None,    # folder of the pictures; by default that of the file
 ):                  # list of Trajectory, in the order of the samples; the samples
     "Answers of any program; what nobody answered has no box. ValueError names file and row."
-    path, unit = Path(path), truth_mode or mode
+    path = Path(path)
     asked = {x.id: x for x in samples or []}
-    done, seen, truths = {}, [], []
+    done, seen = {}, []
     for i, row in enumerate(_rows_of(path)):
         with _at(f'{path}, row {i + 1}'):
-            row = {_CALLED.get(name, name): value for name, value in dict(row).items()}
+            row = {_CALLED.get(field, field): value for field, value in dict(row).items()}
             name = str(row.get('id', f'{path.stem}-{i:04d}'))
             _must(name not in done, f'id {name!r} is there twice')
             if samples is None:
-                asked[name], truth = _asked(row, name, unit, images or path.parent)
-                truths.append((truth, _size(asked[name])))
+                asked[name] = _asked(row, name, truth_mode or mode, images or path.parent)
             _must(name in asked, f'id {name!r}: nobody asked')
             done[name], raws = _answered(row, asked[name], mode)
             seen += [(raw, _size(asked[name])) for raw in raws]
     _must(seen, f'{path}: no box in it')
-    if truths: _check_unit(truths, unit, f'{path}: truths')
     _check_unit(seen, mode, f'{path}: answers')
+    if samples is None:
+        truths = [(x.meta['truth'], _size(x)) for x in asked.values()]
+        _check_unit(truths, truth_mode or mode, f'{path}: truths')
     steps = max(len(t.boxes) for t in done.values())
-    def to_the_end(t):      # where it stopped early, its last answer stands
-        rest = steps - len(t.boxes)
-        return replace(t, boxes=t.boxes + t.boxes[-1:] * rest,
-                       notes=t.notes + ['stopped before'] * rest)
-    return [to_the_end(done.get(x.id) or missed(x, 'nobody answered', steps))
-            for x in asked.values()], [*asked.values()]
+    answers = [done.get(x.id) or missed(x, 'nobody answered', steps) for x in asked.values()]
+    whole = [replace(t, boxes=(t.boxes + t.boxes[-1:] * steps)[:steps],   # the last answer stands
+                     notes=(t.notes + ['stopped before'] * steps)[:steps]) for t in answers]
+    return whole, [*asked.values()]
 
-# %% ../nbs/23_audit.ipynb #8a383130
+# %% ../nbs/23_audit.ipynb #12e54b89
 def _differences(name, test, free, controls):
     "Rows of `compare`; p is corrected over all of them but the oracles'."
     first = single(test, 'step 0')
@@ -124,12 +124,13 @@ def _differences(name, test, free, controls):
     for row, p in zip(family, holm([row['p'] for row in family])): row['holm'] = p
     return rows
 
-# %% ../nbs/23_audit.ipynb #0b7b1eed
+# %% ../nbs/23_audit.ipynb #5d3f1ec5
 def _knows(name, test):
     "Rows of `reliability` and `risk_coverage`; none where the loop says nothing of its boxes."
     field = 'verdicts' if any(t.verdicts for t in test) else 'confidences'
-    said = np.array([(getattr(t, field) or [None])[t.kept or 0] for t in test], float)     # or NaN
+    said = [[*getattr(t, field), *[None] * len(t.boxes)][t.kept or 0] for t in test]
     right = hits(ious(single(test, 'kept')), .5)
+    said = np.array(said, float)    # None is NaN
     asked = np.isfinite(said)
     if not asked.any(): return []
     chance, others = np.exp(said), -np.inf
@@ -137,17 +138,17 @@ def _knows(name, test):
     return reliability(name, chance[asked], right[asked]) + risk_coverage(
         name, np.where(asked, said, others), right)
 
-# %% ../nbs/23_audit.ipynb #0696586e
+# %% ../nbs/23_audit.ipynb #41558aeb
 def _warnings(test):
-    "What must be said of the answers: what, of how many samples, of which first."
-    found = {}      # what -> ids
+    "What must be said of the answers -> the ids of those samples."
+    found = {}
     for t in test:
         above = ['log-probability above 0' for v in t.confidences if (v or 0) > 0]
-        for what in sorted({*'; '.join([*t.notes, *above]).split('; ')} - {''}):
+        for what in {*'; '.join([*t.notes, *above]).split('; ')} - {''}:
             found.setdefault(what, []).append(t.id)
-    return [dict(what=what, n=len(ids), ids=ids[:5]) for what, ids in found.items()]
+    return found
 
-# %% ../nbs/23_audit.ipynb #908c9dec
+# %% ../nbs/23_audit.ipynb #2276ce0e
 def in_words(
     rows,   # dicts of `audit`
     rule,   # the label-free one
@@ -156,18 +157,19 @@ def in_words(
     of = {row['column']: row for row in rows if row['metric'] == 'd_miou'}
     said = {column: '{:+.1f} points [{:+.1f}, {:+.1f}]'.format(
         *(100 * row[k] for k in ('value', 'low', 'high'))) for column, row in of.items()}
-    ours = 'label-free vs step 0'
-    others = [column for column in of if column.startswith('label-free vs') and column != ours]
-    level = [f'{column[14:]} ({said[column]} against it)' for column in others
-             if of[column]['low'] <= 0]
-    head = 'Gain' if of[ours]['low'] > 0 else 'Loss' if of[ours]['high'] < 0 else 'No gain shown'
-    text = f'{head} without labels: {said[ours]} of mean IoU, n = {of[ours]["n"]} (rule: {rule})'
-    if not others: text += '; no control of equal compute was given'
-    if head == 'Gain' and level: text += f', but none shown over {", ".join(level)}'
-    return (f'{text}; the last step shows {said["last vs step 0"]}, '
+    gain = of['label-free vs step 0']
+    rivals = [column for column in of if column.startswith('label-free vs')][1:]
+    head = 'Loss' if gain['high'] < 0 else 'No gain shown'
+    if gain['low'] > 0: head = 'Gain'
+    if gain['low'] > 0 and any(of[rival]['low'] <= 0 for rival in rivals):
+        head = 'Gain over the first answer, not shown over every control,'
+    against = [f'{said[rival]} against {rival[14:]}' for rival in rivals]
+    return (f'{head} without labels: {said["label-free vs step 0"]} of mean IoU, n = {gain["n"]} '
+            f'(rule: {rule}); {"; ".join(against) or "no control of equal compute was given"}; '
+            f'the last step shows {said["last vs step 0"]}, '
             f'the oracle column {100 * of["oracle vs step 0"]["value"]:+.1f}')
 
-# %% ../nbs/23_audit.ipynb #65757312
+# %% ../nbs/23_audit.ipynb #536817f2
 def audit(
     name,       # of the run
     test,       # list of Trajectory of two boxes or more, as of `read_answers`; else ValueError
@@ -192,29 +194,25 @@ def audit(
     return dict(verdict=in_words(rows, rule), run=name, n=len(test), rule=rule, rows=rows,
                 least=least, needed=needed, warnings=_warnings(test))
 
-# %% ../nbs/23_audit.ipynb #e54394f4
+# %% ../nbs/23_audit.ipynb #ead01d43
 def gallery(
     test,       # list of Trajectory
     samples,    # list of core.Sample, in the same order; one whose picture does not open has none
-    most=30,    # of each kind
+    most=120,   # so many
     side=224,   # of a picture, px
-):              # dicts, as JSON; kind: mended, broken, kept wrong or kept right
-    "The first samples of each kind, in their order, with their steps and a small picture."
-    kinds = {(True, True): 'kept right', (True, False): 'broken',
-             (False, True): 'mended', (False, False): 'kept wrong'}
-    cards, count = [], Counter()
+):              # dicts, as JSON
+    "The first samples with a wrong answer at any step, with all their steps and a small picture."
+    cards = []
     for t, x in zip(test, samples, strict=True):
         scores = [iou(box, t.truth) for box in t.boxes]
-        ends = scores[0], scores[-1 if t.kept is None else t.kept]
-        kind = kinds[tuple(hits(ends, .5).tolist())]
-        count[kind] += 1
-        if count[kind] > most: continue
+        if min(scores) >= .5 or len(cards) == most: continue
         picture = None
-        with suppress(ValueError): picture = b64encode(show(x.image, side=side)._repr_jpeg_())
-        cards.append(dict(vars(t), kind=kind, ious=scores, picture=picture and picture.decode()))
+        with suppress(ValueError):
+            picture = b64encode(show(x.image, side=side)._repr_jpeg_()).decode()
+        cards.append(dict(vars(t), ious=scores, picture=picture))
     return cards
 
-# %% ../nbs/23_audit.ipynb #61a4d794
+# %% ../nbs/23_audit.ipynb #c677243b
 def write_page(
     path,   # HTML file
     found,  # dict of `audit`, perhaps with `cards` of `gallery`

@@ -140,7 +140,7 @@ def summary(found):     # dict of `audit`; text
     columns = [row for row in found['rows'] if row['column'] in COLUMNS]
     compared = [row for row in found['rows'] if ' vs ' in row['column']]
     metrics = 'd_acc50', 'd_acc70', 'd_acc90', 'd_miou'
-    said = ['{what}: {n} samples, such as {ids[0]}'.format(**row) for row in found['warnings']]
+    said = [f'{what}: {len(ids)} samples, such as {ids[0]}' for what, ids in found['warnings'].items()]
     return '\n\n'.join(map(str, (found['verdict'], table(columns), table(compared, metrics), *said)))
 
 def audit(args):        # of the command line
@@ -150,18 +150,20 @@ def audit(args):        # of the command line
     if not (args.run or args.model): raise ValueError('a RUN, or a --model that is asked')
     page = writable(args.out or f'ivt_min_{args.command}.html')
     run = Path(args.run or kept_in(args))
-    val, swaps = None, []
+    swaps, val = [], None
+    samples = read_rows(args.truth, LAYOUTS[args.layout], args.images) if args.truth else None
     if args.model:
         from .lab import keep_swaps
-        vlm, loop, samples, done = ask(args, run)
-        samples, test, val = samples['test'], done['test'], done.get('val')
-        swaps = keep_swaps(run, vlm, loop, samples, test, args.batch)
-    else:
-        rows = read_rows(args.truth, LAYOUTS[args.layout], args.images) if args.truth else None
-        test, samples = answers(args, run, samples=rows)
-        if args.val or [*run.glob('val.jsonl*')]: val, _ = answers(args, args.val or run, 'val')
+        from .verdict import free_cores
+        with free_cores():
+            vlm, loop, asked, done = ask(args, run)
+            samples = asked['test']
+            swaps = keep_swaps(run, vlm, loop, samples, done['test'], args.batch)
+    test, samples = answers(args, run, samples=samples)
     found = dict(run=run.stem, n=len(test))
     if args.command == 'audit':
+        chosen_on = None if args.model else args.val    # a model's are kept beside the others
+        if chosen_on or [*run.glob('val.jsonl*')]: val, _ = answers(args, chosen_on or run, 'val')
         controls = {Path(other).stem: label_free(answers(args, other, samples=samples)[0])[0]
                     for other in args.baseline}
         found = audit(run.stem, test, val, controls, samples)
