@@ -1,9 +1,8 @@
 """The `ivt_min` command: a model looks at its own boxes, without a network and without settings."""
 import argparse, json, os, runpy, sys, tempfile, warnings
-from dataclasses import replace
 from pathlib import Path
 from . import __version__
-from .core import data_path, read_json, read_jsonl
+from .core import data_path, read_json
 from .datasets import LAYOUTS, read_rows
 
 RUNS = ('base', 'verdict', 'views-6', 'naive', 'naive_turn', 'sft_paper-s1', 'grpo_paper-s1',
@@ -76,11 +75,11 @@ def said(
     lines.append(f'  final: {px(found.final)}; wrote {file}')
     return '\n'.join(lines)
 
-def ask(
+def answered(
     args,       # of the command line
     folder,     # where the answers are kept
 ):              # VLM, its loop, the samples and the answers of each split
-    "Ask a model the rows that are named, or else the benchmark."
+    "What a model answers to the rows that are named, or else to the benchmark."
     from .lab import keep_answers
     from .model import load
     from .scenes import split
@@ -107,7 +106,7 @@ def evaluate(args):     # of the command line
     from .train import ranks
     from .verdict import free_cores
     folder = Path(args.out or kept_in(args))
-    with free_cores(): *_, done = ask(args, folder)
+    with free_cores(): *_, done = answered(args, folder)
     if ranks()[0]: return   # the first process speaks
     rows = columns(folder.name, done['test'], done.get('val', []),
                    rule=None if args.val else 'confident')     # where no rows choose it
@@ -116,61 +115,21 @@ def evaluate(args):     # of the command line
     print(f'{table(rows)}\nlabel-free: the box by the rule {rule}, {how}\n'
           f'oracle: the best box by the labels, which is no method\nkept in {folder}')
 
-def answers(
+def ask(
     args,       # of the command line
-    run,        # folder of a run, or file of any program's answers
-    name='test',    # which part of a run
-    samples=None,   # that were asked; by default the benchmark's, or what the rows say
-):              # list of Trajectory; list of core.Sample
-    "What was answered, and to what."
-    from .audit import read_answers
-    from .scenes import split
-    path = Path(run)
-    if path.is_dir():
-        path = next(path.glob(f'{name}.jsonl*'), path/f'{name}.jsonl')
-        [ours], rows = split(name, 1), read_jsonl(path)
-        if samples is None and rows[:1] and rows[0].get('expression') == ours.expression:
-            samples = split(name)
-    return read_answers(path, samples, args.mode, args.truth_mode, args.images)
-
-def summary(found):     # dict of `audit`; text
-    "An audit in words: the verdict, the columns, what is compared, what must be said."
-    from .columns import COLUMNS
-    from .evaluate import table
-    columns = [row for row in found['rows'] if row['column'] in COLUMNS]
-    compared = [row for row in found['rows'] if ' vs ' in row['column']]
-    metrics = 'd_acc50', 'd_acc70', 'd_acc90', 'd_miou'
-    said = [f'{what}: {len(ids)} samples, such as {ids[0]}' for what, ids in found['warnings'].items()]
-    return '\n\n'.join(map(str, (found['verdict'], table(columns), table(compared, metrics), *said)))
+    folder,     # where the answers are kept
+):              # list of core.Sample; rows of `keep_swaps`
+    "Ask a model for an audit: its answers, and what it says where something else is drawn."
+    from .lab import keep_swaps
+    from .verdict import free_cores
+    with free_cores():
+        vlm, loop, samples, done = answered(args, folder)
+        swaps = keep_swaps(folder, vlm, loop, samples['test'], done['test'], args.batch)
+    return samples['test'], swaps
 
 def audit(args):        # of the command line
     "Say whether a loop gains without labels: of a run, of any program's answers, or of a model."
-    from .audit import audit, gallery, write_page
-    from .columns import label_free
-    if not (args.run or args.model): raise ValueError('a RUN, or a --model that is asked')
-    page = writable(args.out or f'ivt_min_{args.command}.html')
-    run = Path(args.run or kept_in(args))
-    swaps, val = [], None
-    samples = read_rows(args.truth, LAYOUTS[args.layout], args.images) if args.truth else None
-    if args.model:
-        from .lab import keep_swaps
-        from .verdict import free_cores
-        with free_cores():
-            vlm, loop, asked, done = ask(args, run)
-            samples = asked['test']
-            swaps = keep_swaps(run, vlm, loop, samples, done['test'], args.batch)
-    test, samples = answers(args, run, samples=samples)
-    found = dict(run=run.stem, n=len(test))
-    if args.command == 'audit':
-        chosen_on = None if args.model else args.val    # a model's are kept beside the others
-        if chosen_on or [*run.glob('val.jsonl*')]: val, _ = answers(args, chosen_on or run, 'val')
-        controls = {Path(other).stem: label_free(answers(args, other, samples=samples)[0])[0]
-                    for other in args.baseline}
-        found = audit(run.stem, test, val, controls, samples)
-        found['rows'] += swaps
-        print(json.dumps(found) if args.json else summary(found))
-    write_page(page, found | dict(cards=gallery(test, samples)))
-    print(f'wrote {page}', file=sys.stderr)
+    runpy.run_path(str(data_path().parent/'nbs/audit.py'))['main'](args)
 
 def reproduce(args):    # of the command line
     "Make the stored runs again, from the shipped base; what that costs is said before."
