@@ -7,22 +7,22 @@ __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint'
            'samples_hash', 'rate', 'optimiser', 'pack', 'unpack', 'ranks', 'total', 'alone', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
-import copy, hashlib, math, os, platform, re
+import hashlib, math, os, platform, re
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from peft import LoraConfig, functional
 from safetensors import torch as safe
 from transformers.utils import logging
 from filelock import FileLock, Timeout
 from .core import (append_jsonl, data_path, read_json, replace_file, settings_hash,
                           write_json, write_jsonl)
-from .model import (SAVED, _misfits, adapter_weights, add_adapter, folder_hash,
-                           folder_of, set_adapter_weights, signature)
+from .model import (SAVED, adapter_weights, add_adapter, check_whole, folder_hash, folder_of,
+                           signature)
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
 TARGETS = r'^model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$'
@@ -60,11 +60,9 @@ def copy_adapter(
     new='grpo',     # name of the copy
 ):                  # dict of name -> parameter of the copy, as of `trainable`; KeyError without it
     "A copy of an adapter that is trained while the adapter itself is frozen."
-    config = copy.copy(vlm.model.peft_config[name])
-    config.inference_mode = False
-    add_adapter(vlm, config, new)
+    add_adapter(vlm, vlm.model.peft_config[name], new)
     params = trainable(vlm, new)
-    set_adapter_weights(vlm, new, adapter_weights(vlm, name))
+    functional.set_peft_model_state_dict(vlm.model, adapter_weights(vlm, name), new)
     return params
 
 # %% ../nbs/10_train.ipynb #4ebe6c2d
@@ -243,6 +241,7 @@ def _keep(run, step):
 
 def _resume(run):
     "Put a run where it goes on: its step and log, parameters and optimiser."
+    run.digest, run.opt = settings_hash(run.about), optimiser(run.params, run.s)
     weights = run.params.values()
     run.start, tensors, state = last_checkpoint(run.folder, run.digest)
     if total(run.start) != ranks()[1] * run.start:
@@ -258,32 +257,17 @@ def _resume(run):
     unpack(run.params, run.opt, tensors)
     if ranks()[0] == 0: write_jsonl(run.folder/'log.jsonl', run.log)
 
-# %% ../nbs/10_train.ipynb #80559051
-def _update(params, opt, clip, loss):
-    "One update from the gradients of all processes: their norm, and whether it was made."
-    for p in params.values():
-        if p.grad is None: p.grad = torch.zeros_like(p)
-        _add_up(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(params.values(), clip).item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite: opt.step()
-    opt.zero_grad()
-    return norm, finite
-
 # %% ../nbs/10_train.ipynb #24f685a0
+@dataclass
 class Run:
     "A training run that can be stopped anywhere; iterating it gives the steps that are left."
-    def __init__(
-        self,
-        params,     # name -> parameter
-        s,          # settings with lr, warmup, clip, steps, every
-        folder,     # for checkpoints and log.jsonl; ValueError where it is another run's, or in use
-        about,      # all that the run depends on, for JSON
-    ):
-        self.params, self.s, self.folder = params, s, Path(folder)
-        self.digest, self.opt = settings_hash(about), optimiser(params, s)
+    params: dict    # name -> parameter
+    s: object       # settings with lr, warmup, clip, steps, every
+    folder: Path    # for checkpoints and log.jsonl; ValueError where it is another run's, or in use
+    about: dict     # all that the run depends on, for JSON
 
     def __iter__(self):
+        self.folder = Path(self.folder)
         with alone(self.folder):
             _resume(self)
             for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
@@ -292,10 +276,17 @@ class Run:
             for p in self.params.values(): p.moved_by = self.digest
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
-        "One update from the gradients of all processes."
+        "One update from the gradients of all processes; none where loss or norm is not finite."
         loss = total(loss)
+        weights = self.params.values()
+        for p in weights:
+            if p.grad is None: p.grad = torch.zeros_like(p)
+            _add_up(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.s.clip).item()
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
-        norm, finite = _update(self.params, self.opt, self.s.clip, loss)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite: self.opt.step()
+        self.opt.zero_grad()
         return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
 
     def note(self, **row):          # for JSON; raises ValueError at the third bad step in a row
@@ -307,21 +298,6 @@ class Run:
         done = self.step + 1
         if done % self.s.every == 0 or done == self.s.steps: _keep(self, done)
 
-# %% ../nbs/10_train.ipynb #e6362f1d
-def _told(vlm, loop, run, base):
-    "What lies beside an adapter: all that it was taught with."
-    base = base or vlm.model.name_or_path
-    if Path(base).is_dir(): base = str(Path(base).resolve())
-    if base == str(data_path('tiny').resolve()): base = None
-    try: base_sha256 = folder_hash(folder_of(base, local=True))
-    except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
-    size = vlm.processor.size
-    return dict(
-        run=run, base=base, base_sha256=base_sha256, loop=asdict(loop), prompt=vlm.prompt,
-        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
-        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
-        attention=vlm.model.config._attn_implementation)
-
 # %% ../nbs/10_train.ipynb #5a74897b
 def save_adapter(
     vlm,        # VLM
@@ -330,17 +306,26 @@ def save_adapter(
     loop,       # Loop of its rows
     run='',     # name of the run that made it
     base=None,  # adapter that was merged before; by default the model itself
-):
-    "Write an adapter as a plain PEFT folder in bf16, with its base and its loop beside it."
+):              # nothing; raises ValueError where it is not finite, and nothing loads the folder
+    "Write an adapter as a plain PEFT folder in bf16; beside it lies all that it was taught with."
     folder = Path(folder)
+    base = base or vlm.model.name_or_path
+    if Path(base).is_dir(): base = str(Path(base).resolve())
+    if base == str(data_path('tiny').resolve()): base = None
+    try: base_sha256 = folder_hash(folder_of(base, local=True))
+    except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
+    size = vlm.processor.size
+    told = dict(
+        run=run, base=base, base_sha256=base_sha256, loop=asdict(loop), prompt=vlm.prompt,
+        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
+        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
+        attention=vlm.model.config._attn_implementation)
+    write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
     weights = {key: v.bfloat16().cpu().contiguous()
                for key, v in adapter_weights(vlm, name).items()}
-    odd = _misfits(weights, weights)
-    if odd: raise ValueError(f'{odd[0]} is not finite')
-    told = _told(vlm, loop, run, base)
-    write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
+    check_whole(folder)
     config = vlm.model.peft_config[name].to_dict() | dict(
-        base_model_name_or_path=told['base'] or 'tiny', inference_mode=True)
+        base_model_name_or_path=base or 'tiny', inference_mode=True)
     write_json(folder/'adapter_config.json', config)
     write_json(folder/'ivt.json', dict(told, sha256=signature(folder, told)))
