@@ -16,11 +16,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open, torch as safe
-from transformers import (AttentionInterface, AttentionMaskInterface,
-                          AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig)
+from transformers import (
+    AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer,
+    BitsAndBytesConfig, Qwen2VLImageProcessorPil)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import logging
 from .core import data_path, read_json, settings_hash
@@ -143,19 +143,18 @@ AttentionInterface.register('sdpa_fp32', _fp32_attention)
 AttentionMaskInterface.register('sdpa_fp32', sdpa_mask)
 
 # %% ../nbs/04_model.ipynb #2a580cae
-def _weights_as(device, nf4, dtype=None, attention=None):
+def _weights_as(device, nf4, dtype, attention):
     "What from_pretrained is told about the weights and about attention."
     gpu = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'     # torchrun gives each process its own
     place = str(device or (gpu if torch.cuda.is_available() else 'cpu'))
     cpu = place == 'cpu'
     dtype = getattr(torch, dtype or ('float32' if cpu else 'bfloat16'))
-    told = dict(dtype=dtype, device_map=place,
-                attn_implementation=attention or ('sdpa_fp32' if cpu else 'sdpa'))
-    if not nf4: return told
-    four_bits = BitsAndBytesConfig(
+    four_bits = None
+    if nf4: four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['model.visual', 'lm_head'])
-    return dict(told, quantization_config=four_bits)
+    return dict(dtype=dtype, device_map=place, quantization_config=four_bits,
+                attn_implementation=attention or ('sdpa_fp32' if cpu else 'sdpa'))
 
 # %% ../nbs/04_model.ipynb #7041df64
 @contextmanager
@@ -312,8 +311,10 @@ def collate(
 ):                  # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
     "A batch of dialogues, padded to one length; all end together."
     rows = [torch.tensor(d.ids) for d in dialogues]
-    ids = pad_sequence(rows, True, vlm.tokenizer.pad_token_id, padding_side='left')     # (B, L)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side='left')
+    ids = pad_sequence(rows, batch_first=True, padding_value=vlm.tokenizer.pad_token_id,
+                       padding_side='left')     # (B, L)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True,
+                        padding_side='left')    # (B, L)
     is_image = (ids == vlm.model.config.image_token_id).int()
     grids = [picture.grid for d in dialogues for picture in d.pictures]
     positions, _ = vlm.model.model.get_rope_index(
@@ -405,31 +406,26 @@ def _kinds(weights):
     return {(name, v.shape, v.is_floating_point()) for name, v in weights.items()}
 
 # %% ../nbs/04_model.ipynb #52554de9
-def _base_of(folder, about, named, options):
-    "The model that an adapter was made for, an adapter of its own merged; the hub is not asked."
-    below = about.get('base') or named or '(none named)'
-    here = folder_of(below, local=True)
-    if about.get('base_sha256') not in (None, folder_hash(here)):
-        raise ValueError(f'{folder}: was made for another base than {below} is now')
-    try: base = load(here, *options)
-    except RecursionError: raise ValueError(f'{folder}: its base leads back to it') from None
-    base.model.name_or_path = str(find_model(below))
-    merge(base)
-    return base
-
 def _with_adapter(folder, about, name, *options):
-    "The VLM with the adapter of a folder; ValueError where its files are not of one model."
+    "The base of an adapter's folder, with the adapter; ValueError where they are not of one model."
     from peft import PeftConfig, functional
-    name = name.replace('.', '_')    # a point would divide a module's name
-    path = folder/SAVED
-    weights = safe.load_file(path)
     try: config = PeftConfig.from_pretrained(folder)
     except Exception as e:  # a damaged file makes peft raise nearly anything
         raise ValueError(f'{folder}/adapter_config.json: {e}') from e
-    vlm = _base_of(folder, about, config.base_model_name_or_path, options)
+    below = about.get('base') or config.base_model_name_or_path or '(none named)'
+    here = folder_of(below, local=True)     # the hub is not asked
+    if about.get('base_sha256') not in (None, folder_hash(here)):
+        raise ValueError(f'{folder}: was made for another base than {below} is now')
+    try: vlm = load(here, *options)
+    except RecursionError: raise ValueError(f'{folder}: its base leads back to it') from None
+    vlm.model.name_or_path = str(find_model(below))
+    merge(vlm)      # the base may have an adapter of its own
+    name = name.replace('.', '_')   # a point would divide a module's name
     try: add_adapter(vlm, config, name)
     except ValueError as e: raise ValueError(f'{folder}/adapter_config.json: {e}') from e
+    weights = safe.load_file(folder/SAVED)
     odd = {key for key, *_ in _kinds(weights) ^ _kinds(adapter_weights(vlm, name))}
-    if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {min(odd)}')
+    if odd: raise ValueError(f'{folder/SAVED}: {len(odd)} tensors damaged or of another model: '
+                             f'{min(odd)}')
     functional.set_peft_model_state_dict(vlm.model, weights, name)
     return replace(vlm, name=name, loop=about.get('loop'))

@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint'
 # %% ../nbs/10_train.ipynb #74a66493
 import hashlib, math, os, platform, re
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 import numpy as np
@@ -68,6 +68,10 @@ def copy_adapter(
 # %% ../nbs/10_train.ipynb #4ebe6c2d
 _FILES = 'tensors.safetensors', 'manifest.json'
 
+def _sha256(data):
+    "A fingerprint of bytes."
+    return hashlib.sha256(data).hexdigest()
+
 def _checkpoints(folder):
     "The folders of a run's checkpoints, the oldest first."
     found = [path for path in Path(folder).glob('[0-9]*') if re.fullmatch(r'\d{6,}', path.name)]
@@ -82,10 +86,9 @@ def save_checkpoint(
 ):
     "Write a checkpoint beside the last one; it counts from the moment its manifest is there."
     tensors_file, manifest = (Path(folder)/f'{step:06}'/name for name in _FILES)
-    plain = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    data = safe.save(plain)
+    data = safe.save(tensors)
     replace_file(tensors_file, data)
-    state = dict(state, step=step, sha256=hashlib.sha256(data).hexdigest())
+    state = dict(state, step=step, sha256=_sha256(data))
     write_json(manifest, dict(state, whole=settings_hash(state)))
     for old in [path for path in _checkpoints(folder) if int(path.name) < step][:-1]:
         for name in _FILES: (old/name).unlink(missing_ok=True)
@@ -98,7 +101,7 @@ def _whole(checkpoint):
         data = (checkpoint/_FILES[0]).read_bytes()
         state = read_json(checkpoint/_FILES[1])
         whole = state.pop('whole') == settings_hash(state)
-        if whole and state['sha256'] == hashlib.sha256(data).hexdigest():
+        if whole and state['sha256'] == _sha256(data):
             return state, safe.load(data)
 
 # %% ../nbs/10_train.ipynb #15bfb934
@@ -117,8 +120,7 @@ def last_checkpoint(
 # %% ../nbs/10_train.ipynb #554e95e0
 def _tensor_hash(tensor):
     "A fingerprint of its bytes."
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return _sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
 
 def fingerprint(
     vlm,        # VLM
@@ -135,12 +137,11 @@ def fingerprint(
 # %% ../nbs/10_train.ipynb #d7497803
 def _picture_hash(image):
     "A fingerprint of a picture; None where there is none, or no good one."
-    try:
+    with suppress(OSError, ValueError):
         if isinstance(image, bytes): data = image
         elif isinstance(image, (str, Path)): data = Path(image).read_bytes()
         else: data = np.asarray(image).tobytes()
-    except (OSError, ValueError): return None
-    return hashlib.sha256(data).hexdigest()
+        return _sha256(data)
 
 def samples_hash(samples):  # list of core.Sample
     "A fingerprint of samples: of ids, words, truths and pictures, in their order."
@@ -221,16 +222,15 @@ def alone(folder):  # of a run, a Path; is made
     "While this is open, no other program works in the folder: ValueError says which one does."
     if ranks()[0]: return (yield)   # the first process locks for all of torchrun's
     folder.mkdir(parents=True, exist_ok=True)
-    holder, lock = folder/'.holder', FileLock(folder/'.lock')
-    try: lock.acquire(timeout=0)
+    holder = folder/'.holder'
+    try: lock = FileLock(folder/'.lock').acquire(timeout=0)
     except Timeout:
         raise ValueError(f'{folder}: in use by {holder.read_text()}') from None
-    try:
+    with lock:
         holder.write_text(f'process {os.getpid()} on {platform.node()}')
         for place in (folder, *_checkpoints(folder)):
             for torn in place.glob('.*.ivt.tmp'): torn.unlink()     # its writer was killed
         yield
-    finally: lock.release()
 
 # %% ../nbs/10_train.ipynb #8b88d59e
 def _keep(run, step):
@@ -284,7 +284,7 @@ class Run:
             _add_up(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(weights, self.s.clip).item()
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss + norm)
         if finite: self.opt.step()
         self.opt.zero_grad()
         return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
@@ -316,13 +316,12 @@ def save_adapter(
     except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
     size = vlm.processor.size
     told = dict(
-        run=run, base=base, base_sha256=base_sha256, loop=asdict(loop), prompt=vlm.prompt,
+        run=run, base=base, base_sha256=base_sha256, loop=loop, prompt=vlm.prompt,
         pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
         nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
         attention=vlm.model.config._attn_implementation)
     write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
-    weights = {key: v.bfloat16().cpu().contiguous()
-               for key, v in adapter_weights(vlm, name).items()}
+    weights = {key: v.bfloat16() for key, v in adapter_weights(vlm, name).items()}
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
     check_whole(folder)
     config = vlm.model.peft_config[name].to_dict() | dict(
