@@ -282,7 +282,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ivt_min.train.copy_adapter': ('train.html#copy_adapter', 'ivt_min/train.py'),
                                'ivt_min.train.fingerprint': ('train.html#fingerprint', 'ivt_min/train.py'),
                                'ivt_min.train.last_checkpoint': ('train.html#last_checkpoint', 'ivt_min/train.py'),
-                               'ivt_min.train.optimiser': ('train.html#optimiser', 'ivt_min/train.py'),
                                'ivt_min.train.pack': ('train.html#pack', 'ivt_min/train.py'),
                                'ivt_min.train.ranks': ('train.html#ranks', 'ivt_min/train.py'),
                                'ivt_min.train.rate': ('train.html#rate', 'ivt_min/train.py'),

@@ -373,8 +373,7 @@ def add_adapter(
     "Put an adapter with fresh weights into the model, and let it act."
     from peft import functional
     if name in getattr(vlm.model, 'peft_config', {}): raise ValueError(f'adapter {name} is there')
-    with warnings.catch_warnings():     # a second adapter is no accident
-        warnings.filterwarnings('ignore', 'Already found a `peft_config`')
+    with warnings.catch_warnings(action='ignore'):  # a second adapter is no accident
         functional.inject_adapter_in_model(config, vlm.model, name)
     vlm.model.eval()    # no dropout
     use_adapter(vlm, name)

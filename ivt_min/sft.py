@@ -107,9 +107,9 @@ def train_sft(
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
-    lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
     run = Run(params, s, folder, dict(
-        s=lasting, base=fingerprint(vlm, params),
+        s=replace(s, micro=0, checkpointing=False),     # but for the memory
+        base=fingerprint(vlm, params),
         lessons=[(samples_hash([x]), trace) for x, trace in lessons]))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint', 'last_checkpoint', 'fingerprint',
-           'samples_hash', 'rate', 'optimiser', 'pack', 'unpack', 'ranks', 'total', 'alone', 'Run', 'save_adapter']
+           'samples_hash', 'rate', 'pack', 'unpack', 'ranks', 'total', 'alone', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
 import hashlib, math, os, platform, re
@@ -154,21 +154,13 @@ def rate(
 ):          # learning rate
     "Up in a line, down in a cosine."
     if step < s.warmup: return s.lr * (step + 1) / s.warmup
-    angle = math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)
+    angle = math.pi * (step - s.warmup) / (s.steps - s.warmup)
     return s.lr * .5 * (1 + math.cos(angle))
-
-# %% ../nbs/10_train.ipynb #a7160b90
-def optimiser(
-    params,     # name -> parameter
-    s,          # settings with lr
-):              # torch's Adam
-    "Adam over an adapter, without weight decay."
-    return torch.optim.Adam(params.values(), lr=s.lr, betas=(.9, .98))
 
 # %% ../nbs/10_train.ipynb #1bb4bedd
 def pack(
     params,     # name -> parameter
-    opt,        # their optimiser
+    opt,        # torch's Adam over them
 ):              # dict of name -> tensor
     "Weights and the optimiser's state as named tensors."
     tensors = {}
@@ -236,12 +228,13 @@ def alone(folder):  # of a run, a Path; is made
 def _keep(run, step):
     "The first process writes a checkpoint."
     if ranks()[0]: return
-    state = dict(settings_hash=run.digest, given=run.given, log=run.log)
-    save_checkpoint(run.folder, step, pack(run.params, run.opt), state)
+    save_checkpoint(run.folder, step, pack(run.params, run.opt),
+                    dict(settings_hash=run.digest, given=run.given, log=run.log))
 
 def _resume(run):
     "Put a run where it goes on: its step and log, parameters and optimiser."
-    run.digest, run.opt = settings_hash(run.about), optimiser(run.params, run.s)
+    run.digest = settings_hash(run.about)
+    run.opt = torch.optim.Adam(run.params.values(), betas=(.9, .98))    # its rate: see `move`
     weights = run.params.values()
     run.start, tensors, state = last_checkpoint(run.folder, run.digest)
     if total(run.start) != ranks()[1] * run.start:
@@ -270,8 +263,7 @@ class Run:
         self.folder = Path(self.folder)
         with alone(self.folder):
             _resume(self)
-            for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
-                                          total=self.s.steps):
+            for self.step in logging.tqdm(range(self.start, self.s.steps)):
                 yield self.step
             for p in self.params.values(): p.moved_by = self.digest
 
