@@ -307,11 +307,10 @@ def save_adapter(
     try: base_sha256 = folder_hash(folder_of(base, local=True))
     except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
     size = vlm.processor.size
-    told = dict(
-        run=run, base=base, base_sha256=base_sha256, loop=loop, prompt=vlm.prompt,
-        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
-        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
-        attention=vlm.model.config._attn_implementation)
+    told = dict(run=run, base=base, base_sha256=base_sha256, loop=loop, prompt=vlm.prompt,
+                pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
+                nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
+                attention=vlm.model.config._attn_implementation)
     write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
     weights = {key: v.bfloat16() for key, v in adapter_weights(vlm, name).items()}
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
