@@ -226,9 +226,8 @@ def train_grpo(
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     _fit(vlm, samples, s)
     use_adapter(vlm, name)      # a stop may have left the other one acting
-    run = Run(params, s, folder, dict(
-        s=replace(s, micro=0, slice=0, checkpointing=False),    # but for the memory
-        base=fingerprint(vlm, params), samples=samples_hash(samples)))
+    run = Run(params, s, folder, dict(s=replace(s, micro=0, slice=0, checkpointing=False),
+                                      base=fingerprint(vlm, params), samples=samples_hash(samples)))
     for step in run:
         start = time.time()
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)

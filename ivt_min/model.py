@@ -8,7 +8,7 @@ __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'folder_of', 'fo
            'encode_pictures', 'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'merge']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
-import hashlib, math, os, re, warnings
+import hashlib, inspect, math, os, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from transformers import (
     BitsAndBytesConfig, Qwen2VLImageProcessorPil)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    BaseModelOutputWithDeepstackFeatures, Qwen3VLModel)
 from transformers.utils import logging
 from .core import data_path, read_json, settings_hash
 from .render import open_image
@@ -338,6 +339,9 @@ def encode_pictures(
             for p in pictures]
 
 # %% ../nbs/04_model.ipynb #35309967
+_FORWARD = inspect.signature(Qwen3VLModel.forward).parameters
+_CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
+
 def forward(
     vlm,            # VLM
     ids,            # (B, L) ids to read
@@ -352,8 +356,9 @@ def forward(
         tokens, *deep = zip(*(p.vision_features for p in encode_pictures(vlm, pictures)))
         seen['image'] = BaseModelOutputWithDeepstackFeatures(
             pooler_output=tokens, deepstack_features=deep)
-    return vlm.model.model(ids, mask, positions, cache, mm_encoder_outputs=seen,
-                           use_cache=cache is not None)[0]
+    return vlm.model.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, mm_encoder_outputs=seen,
+        use_cache=cache is not None, **{_CACHE: cache})[0]
 
 # %% ../nbs/04_model.ipynb #bc6af51d
 def use_adapter(
