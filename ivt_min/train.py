@@ -233,6 +233,7 @@ def _keep(run, step):
 
 def _resume(run):
     "Put a run where it goes on: its step and log, parameters and optimiser."
+    run.folder = Path(run.folder)
     run.digest = settings_hash(run.about)
     run.opt = torch.optim.Adam(run.params.values(), betas=(.9, .98))    # its rate: see `move`
     weights = run.params.values()
@@ -260,21 +261,18 @@ class Run:
     about: dict     # all that the run depends on, for JSON
 
     def __iter__(self):
-        self.folder = Path(self.folder)
-        with alone(self.folder):
+        with alone(Path(self.folder)):
             _resume(self)
-            for self.step in logging.tqdm(range(self.start, self.s.steps)):
-                yield self.step
+            for self.step in logging.tqdm(range(self.start, self.s.steps)): yield self.step
             for p in self.params.values(): p.moved_by = self.digest
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
         "One update from the gradients of all processes; none where loss or norm is not finite."
         loss = total(loss)
-        weights = self.params.values()
-        for p in weights:
+        for p in self.params.values():
             if p.grad is None: p.grad = torch.zeros_like(p)
             _add_up(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.s.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.s.clip).item()
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
         finite = math.isfinite(loss + norm)
         if finite: self.opt.step()
