@@ -151,14 +151,11 @@ def reference_logps(
     vlm,        # VLM
     rows,       # Transcripts
     s,          # GRPO
-    name,       # of the adapter that is asked
-    then=None,  # of the one that acts afterwards; by default the same
+    name,       # of the adapter that is asked, and acts from now on
 ):              # list of tensors (sampled ids,) for each, without a gradient
     "The same by another adapter, as numbers."
     use_adapter(vlm, name)
-    out = logps(vlm, rows, s)
-    use_adapter(vlm, then or name)
-    return out
+    return logps(vlm, rows, s)
 
 # %% ../nbs/12_grpo.ipynb #86d69501
 def rollout_stats(
@@ -178,7 +175,7 @@ def rollout_stats(
         copies=np.mean(copied or [0]), length=len(said) / len(rows),
         flat=(np.ptp(rewards, axis=1) == 0).mean())
     ids, logp, k3 = total([len(said), said.sum(), k3])
-    stats = {name: np.divide(total(v), ranks()[1]).tolist() for name, v in means.items()}
+    stats = {name: total(v / ranks()[1]) for name, v in means.items()}
     return stats | dict(entropy=-logp / ids, k3=k3 / ids)
 
 # %% ../nbs/12_grpo.ipynb #f5938990
@@ -229,15 +226,15 @@ def train_grpo(
     "Train an adapter by its own trajectories; stopped anywhere, it goes on."
     _fit(vlm, samples, s)
     use_adapter(vlm, name)      # a stop may have left the other one acting
-    lasting = replace(s, micro=0, slice=0, checkpointing=False)     # but for the memory
-    run = Run(params, s, folder, dict(s=lasting, base=fingerprint(vlm, params),
-                                      samples=samples_hash(samples)))
+    run = Run(params, s, folder, dict(s=replace(s, micro=0, slice=0, checkpointing=False),
+                                      base=fingerprint(vlm, params), samples=samples_hash(samples)))
     for step in run:
         start = time.time()
         episodes, rows = collect_rollouts(vlm, _prompts(samples, s, step), s, step)
         R = _rewards(episodes, s, step)     # (P, N)
         A = torch.tensor(advantage(R, s.std, s.floor).ravel())      # (P * N,)
-        fixed = reference_logps(vlm, rows, s, ref, name) if s.beta else None
+        fixed = reference_logps(vlm, rows, s, ref) if s.beta else None
+        use_adapter(vlm, name)
         n = total(normaliser(s, [len(row.logps) for row in rows]))
         sum_of_losses = sum_of_k3 = 0.
         for part in _micro_batches(A, rows, s):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SAVED', 'VLM', 'shipped', 'find_model', 'folder_of', 'folder_hash', 'signature', 'check_whole', 'load',
            'encode', 'Patches', 'to_patches', 'Dialogue', 'image_tokens', 'ask', 'words_of', 'question', 'collate',
-           'encode_pictures', 'features', 'forward', 'use_adapter', 'add_adapter', 'adapter_weights',
-           'set_adapter_weights', 'merge']
+           'encode_pictures', 'forward', 'use_adapter', 'add_adapter', 'adapter_weights', 'merge']
 
 # %% ../nbs/04_model.ipynb #3bf19c5a
 import hashlib, inspect, math, os, re, warnings
@@ -14,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open, torch as safe
-from transformers import (AttentionInterface, AttentionMaskInterface,
-                          AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig)
+from transformers import (
+    AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoTokenizer,
+    BitsAndBytesConfig, Qwen2VLImageProcessorPil)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     BaseModelOutputWithDeepstackFeatures, Qwen3VLModel)
 from transformers.utils import logging
@@ -67,25 +67,20 @@ def find_model(name=None):  # of what comes along, folder, hub name (owner/name)
     raise FileNotFoundError(f'no model {wanted!r}: it is no folder and no hub name '
                             f'(owner/name), and not one of {", ".join(known)}')
 
-# %% ../nbs/04_model.ipynb #feee4771
-_KINDS = '*.json', '*.jinja', '*.safetensors'   # nothing that could run
-
-def _from_hub(name, local):
-    "The folder of a model or adapter of the hub, fetched unless it is there; OSError in one line."
-    wanted = [*_KINDS, '*.txt']
-    try: return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local))
-    except Exception as e:  # no network, or none wanted, or no such model
-        raise OSError(f'{name}: not in the cache of this machine, and the hub does not give it '
-                      f'or is not to be asked ({type(e).__name__})') from None
-
 # %% ../nbs/04_model.ipynb #b1fcbb43
+_KINDS = ['*.json', '*.jinja', '*.safetensors']     # nothing that could run
+
 def folder_of(
     name,           # as for `find_model`
     local=False,    # whether the hub is not to be asked: what a file names is no wish of the user
-):                  # Path; raises OSError where it is not here and cannot be fetched
-    "The folder of a model or adapter."
+):                  # Path; raises OSError, in one line, where it is not here and cannot be fetched
+    "The folder of a model or adapter; one of the hub is fetched unless it is there."
     found = find_model(name)
-    return found if isinstance(found, Path) else _from_hub(found, local)
+    if isinstance(found, Path): return found
+    try: return Path(snapshot_download(found, allow_patterns=_KINDS, local_files_only=local))
+    except Exception as e:  # no network, or none wanted, or no such model
+        raise OSError(f'{found}: not in the cache of this machine, and the hub does not give it '
+                      f'or is not to be asked ({type(e).__name__})') from None
 
 # %% ../nbs/04_model.ipynb #2ddee75b
 def folder_hash(folder):    # of a model or adapter, a Path
@@ -148,28 +143,19 @@ def _fp32_attention(module, query, key, value, *mask, **options):
 AttentionInterface.register('sdpa_fp32', _fp32_attention)
 AttentionMaskInterface.register('sdpa_fp32', sdpa_mask)
 
-# %% ../nbs/04_model.ipynb #b2e19c71
-def _device(name):
-    "A device that is there, by default a GPU if there is one; else ValueError."
-    gpu = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'     # torchrun gives each process its own
-    device = str(name or (gpu if torch.cuda.is_available() else 'cpu'))
-    try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device {device!r}: {str(e).splitlines()[0]}') from None
-    return device
-
 # %% ../nbs/04_model.ipynb #2a580cae
-def _weights_as(device, nf4, dtype=None, attention=None):
+def _weights_as(device, nf4, dtype, attention):
     "What from_pretrained is told about the weights and about attention."
-    cpu = device == 'cpu'
+    gpu = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'     # torchrun gives each process its own
+    place = str(device or (gpu if torch.cuda.is_available() else 'cpu'))
+    cpu = place == 'cpu'
     dtype = getattr(torch, dtype or ('float32' if cpu else 'bfloat16'))
-    told = dict(dtype=dtype, device_map=device,
-                attn_implementation=attention or ('sdpa_fp32' if cpu else 'sdpa'))
-    if not nf4: return told
-    four_bits = BitsAndBytesConfig(
+    four_bits = None
+    if nf4: four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True, llm_int8_skip_modules=['model.visual', 'lm_head'])
-    return dict(told, quantization_config=four_bits)
+    return dict(dtype=dtype, device_map=place, quantization_config=four_bits,
+                attn_implementation=attention or ('sdpa_fp32' if cpu else 'sdpa'))
 
 # %% ../nbs/04_model.ipynb #7041df64
 @contextmanager
@@ -184,31 +170,26 @@ def _quiet():
         logging.set_verbosity(level)
 
 # %% ../nbs/04_model.ipynb #a370bfbb
-def _parts(folder, told):
-    "Model, tokenizer and processor of a folder; ValueError where they do not fit one another."
+def _parts(folder, told, min_pixels, max_pixels):
+    "Model, tokenizer, image processor, how its answers begin; ValueError where parts do not fit."
     here = dict(local_files_only=True, trust_remote_code=False)
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
         **told, **here)
     odd = sorted(str(tensor) for tensors in found.values() for tensor in tensors)
     if odd: raise ValueError(f'{len(odd)} tensors missing, foreign or misshapen: {odd[0]}')
+    for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
+        if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(folder, **here)
     if tokenizer.convert_tokens_to_ids('<|image_pad|>') != model.config.image_token_id:
         raise ValueError('its tokenizer is missing, or that of another model')
-    return model.eval(), tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder, **here)
-
-def _ready(vlm, source, min_pixels, max_pixels):
-    "A VLM as it was loaded, with its pixel budget and the beginning of its answers."
-    model, size = vlm.model, vlm.processor.size
-    model.name_or_path = str(source)
-    for part in model.modules():    # bitsandbytes' repacked bf16 weights have no gradient
-        if hasattr(part, 'support_avx512bf16_for_cpu'): part.support_avx512bf16_for_cpu = False
-    most = min(size['longest_edge'], max_pixels or 1024 * 1024)
-    least = min(min_pixels or size['shortest_edge'], most)
-    vlm.processor.size = dict(shortest_edge=least, longest_edge=most)
-    said = vlm.tokenizer.apply_chat_template([dict(role='user', content='')], tokenize=False,
-                                             add_generation_prompt=True)
-    return replace(vlm, opens=said.split('assistant\n')[-1])
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder, **here)
+    most = min(processor.size['longest_edge'], max_pixels or 1024 * 1024)
+    least = min(min_pixels or processor.size['shortest_edge'], most)
+    processor.size = dict(shortest_edge=least, longest_edge=most)
+    asked = tokenizer.apply_chat_template([dict(role='user', content='')], tokenize=False,
+                                          add_generation_prompt=True)
+    return model.eval(), tokenizer, processor, asked.split('assistant\n')[-1]
 
 # %% ../nbs/04_model.ipynb #310fe7db
 def load(
@@ -234,12 +215,14 @@ def load(
     if (folder/'adapter_config.json').exists():
         return _with_adapter(folder, about, Path(find_model(name)).resolve().name,
                              device, nf4, dtype, attention, *pixels, prompt)
-    told = _weights_as(_device(device), nf4, dtype, attention)
-    names = prompt or OFFICIAL, str(name or 'tiny'), about.get('made_for') or ''
+    told = _weights_as(device, nf4, dtype, attention)
     try:
-        with _quiet(): return _ready(VLM(*_parts(folder, told), *names), find_model(name), *pixels)
+        with _quiet(): model, tokenizer, processor, opens = _parts(folder, told, *pixels)
     except Exception as e:  # a damaged file makes transformers raise nearly anything
         raise ValueError(f'{folder}: {str(e).strip().splitlines()[0]}') from e
+    model.name_or_path = str(find_model(name))
+    return VLM(model, tokenizer, processor, prompt or OFFICIAL, str(name or 'tiny'),
+               about.get('made_for') or '', opens)
 
 # %% ../nbs/04_model.ipynb #685fd524
 def encode(
@@ -328,12 +311,11 @@ def collate(
     dialogues,      # B of them
 ):                  # ids (B, L), mask (B, L; 1 where there is a token), positions (3, B, L)
     "A batch of dialogues, padded to one length; all end together."
-    width = max(len(d.ids) for d in dialogues)
-    ids = torch.full((len(dialogues), width), vlm.tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, d in enumerate(dialogues):
-        ids[row, -len(d.ids):] = torch.tensor(d.ids)
-        mask[row, -len(d.ids):] = 1
+    rows = [torch.tensor(d.ids) for d in dialogues]
+    ids = pad_sequence(rows, batch_first=True, padding_value=vlm.tokenizer.pad_token_id,
+                       padding_side='left')     # (B, L)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True,
+                        padding_side='left')    # (B, L)
     is_image = (ids == vlm.model.config.image_token_id).int()
     grids = [picture.grid for d in dialogues for picture in d.pictures]
     positions, _ = vlm.model.model.get_rope_index(
@@ -356,17 +338,6 @@ def encode_pictures(
     return [replace(p, vision_features=next(seen)) if p.vision_features is None else p
             for p in pictures]
 
-# %% ../nbs/04_model.ipynb #64ec748e
-def features(
-    vlm,        # VLM
-    pictures,   # list of Patches
-):              # what transformers calls mm_encoder_outputs; None without a picture
-    "The vision tower's output for pictures, in their order."
-    if not pictures: return None
-    tokens, *deep = zip(*(p.vision_features for p in encode_pictures(vlm, pictures)))
-    return dict(image=BaseModelOutputWithDeepstackFeatures(pooler_output=tokens,
-                                                           deepstack_features=deep))
-
 # %% ../nbs/04_model.ipynb #35309967
 _FORWARD = inspect.signature(Qwen3VLModel.forward).parameters
 _CACHE = 'cache' if 'cache' in _FORWARD else 'past_key_values'  # renamed in transformers 5.24
@@ -380,10 +351,14 @@ def forward(
     cache=None,     # keys and values so far, grows by L columns
 ):                  # hidden states (B, L, D), of which `vlm.model.lm_head` makes logits (B, L, V)
     "One run of the network over a batch."
+    seen = {}
+    if pictures:    # tokens of each picture, then DeepStack's
+        tokens, *deep = zip(*(p.vision_features for p in encode_pictures(vlm, pictures)))
+        seen['image'] = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=tokens, deepstack_features=deep)
     return vlm.model.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions,
-        mm_encoder_outputs=features(vlm, pictures), use_cache=cache is not None,
-        **{_CACHE: cache})[0]
+        input_ids=ids, attention_mask=mask, position_ids=positions, mm_encoder_outputs=seen,
+        use_cache=cache is not None, **{_CACHE: cache})[0]
 
 # %% ../nbs/04_model.ipynb #bc6af51d
 def use_adapter(
@@ -403,8 +378,7 @@ def add_adapter(
     "Put an adapter with fresh weights into the model, and let it act."
     from peft import functional
     if name in getattr(vlm.model, 'peft_config', {}): raise ValueError(f'adapter {name} is there')
-    with warnings.catch_warnings():     # a second adapter is no accident
-        warnings.filterwarnings('ignore', 'Already found a `peft_config`')
+    with warnings.catch_warnings(action='ignore'):  # a second adapter is no accident
         functional.inject_adapter_in_model(config, vlm.model, name)
     vlm.model.eval()    # no dropout
     use_adapter(vlm, name)
@@ -420,17 +394,6 @@ def adapter_weights(
         vlm.model, adapter_name=name, save_embedding_layers=False)
     return {f'base_model.model.{key}': weight for key, weight in weights.items()}
 
-# %% ../nbs/04_model.ipynb #74f40671
-def set_adapter_weights(
-    vlm,        # VLM
-    name,       # of one of its adapters
-    weights,    # name -> tensor, as of `adapter_weights`
-):
-    "Give an adapter the weights of another one, or of a file."
-    from peft import functional
-    bare = {key.removeprefix('base_model.model.'): weight for key, weight in weights.items()}
-    functional.set_peft_model_state_dict(vlm.model, bare, name)
-
 # %% ../nbs/04_model.ipynb #254ee742
 def merge(vlm): # VLM
     "Put what its adapter adds into its weights for good."
@@ -442,40 +405,31 @@ def merge(vlm): # VLM
 # %% ../nbs/04_model.ipynb #4202bf9d
 SAVED = 'adapter_model.safetensors'     # the file of a PEFT folder
 
-def _misfits(new, old):
-    "Names of tensors that are missing, too many, of another shape, or no finite fractions."
-    given = {(key, v.shape) for key, v in new.items()
-             if v.is_floating_point() and v.isfinite().all()}
-    wanted = {(key, v.shape) for key, v in old.items()}
-    return sorted({key for key, _ in given ^ wanted})
+def _kinds(weights):
+    "Names and shapes of tensors, and whether they are fractions."
+    return {(name, v.shape, v.is_floating_point()) for name, v in weights.items()}
 
 # %% ../nbs/04_model.ipynb #52554de9
-def _base_of(folder, about, named, options):
-    "The model that an adapter was made for, an adapter of its own merged; the hub is not asked."
-    below = about.get('base') or named or '(none named)'
-    here = folder_of(below, local=True)
-    if about.get('base_sha256') not in (None, folder_hash(here)):
-        raise ValueError(f'{folder}: was made for another base than {below} is now')
-    try: base = load(here, *options)
-    except RecursionError: raise ValueError(f'{folder}: its base leads back to it') from None
-    base.model.name_or_path = str(find_model(below))
-    merge(base)
-    return base
-
 def _with_adapter(folder, about, name, *options):
-    "The VLM with the adapter of a folder; ValueError where its files are not of one model."
-    from peft import PeftConfig
-    name = name.replace('.', '_')    # a point would divide a module's name
-    path = folder/SAVED
-    weights = safe.load_file(path)
+    "The base of an adapter's folder, with the adapter; ValueError where they are not of one model."
+    from peft import PeftConfig, functional
     try: config = PeftConfig.from_pretrained(folder)
     except Exception as e:  # a damaged file makes peft raise nearly anything
         raise ValueError(f'{folder}/adapter_config.json: {e}') from e
-    config.inference_mode = True
-    vlm = _base_of(folder, about, config.base_model_name_or_path, options)
+    below = about.get('base') or config.base_model_name_or_path or '(none named)'
+    here = folder_of(below, local=True)     # the hub is not asked
+    if about.get('base_sha256') not in (None, folder_hash(here)):
+        raise ValueError(f'{folder}: was made for another base than {below} is now')
+    try: vlm = load(here, *options)
+    except RecursionError: raise ValueError(f'{folder}: its base leads back to it') from None
+    vlm.model.name_or_path = str(find_model(below))
+    merge(vlm)      # the base may have an adapter of its own
+    name = name.replace('.', '_')   # a point would divide a module's name
     try: add_adapter(vlm, config, name)
     except ValueError as e: raise ValueError(f'{folder}/adapter_config.json: {e}') from e
-    odd = _misfits(weights, adapter_weights(vlm, name))
-    if odd: raise ValueError(f'{path}: {len(odd)} tensors damaged or of another model: {odd[0]}')
-    set_adapter_weights(vlm, name, weights)
+    weights = safe.load_file(folder/SAVED)
+    odd = {key for key, *_ in _kinds(weights) ^ _kinds(adapter_weights(vlm, name))}
+    if odd: raise ValueError(f'{folder/SAVED}: {len(odd)} tensors damaged or of another model: '
+                             f'{min(odd)}')
+    functional.set_peft_model_state_dict(vlm.model, weights, name)
     return replace(vlm, name=name, loop=about.get('loop'))

@@ -41,17 +41,15 @@ class SFT:
 # %% ../nbs/11_sft.ipynb #543c432a
 def _turns(vlm, s, sample, trace):
     "What a trace says, a turn a step; without one, what the sample is answered at once."
-    words, boxes = [''], [sample.truth]
-    if trace is not None:
-        words += [f'{text}\n' if s.reasoning else '' for text in trace['texts']]
-        boxes = [trace['box'], *trace['targets']]
-    turns = []
+    trace = trace or dict(box=sample.truth, texts=[], targets=[])
     label = words_of(sample) if s.label else None
-    for text, place in zip(words, boxes):
+    turns = []
+    for text, place in zip(['', *trace['texts']], [trace['box'], *trace['targets']]):
+        words = f'{text}\n' if turns and s.reasoning else ''    # none before the first box
         box = format_box(place, label)
-        ids = *encode(vlm, text), *encode(vlm, box)     # apart, so that a box has its own ids
-        turns.append(Turn(ids, (), text + box, end='box'))
-    verdict = (trace or {}).get('verdict')
+        ids = *encode(vlm, words), *encode(vlm, box)    # apart, so that a box has its own ids
+        turns.append(Turn(ids, (), words + box, end='box'))
+    verdict = trace.get('verdict')
     if verdict: turns.append(Turn(tuple(encode(vlm, verdict)), (), verdict))
     return turns
 
@@ -78,8 +76,8 @@ def make_row(
         if turn.end and not _as_said(turn, box) or len(turn.ids) > s.loop.max_tokens:
             raise ValueError(f'{sample.id}: the loop would cut or misread {turn.text!r}')
     whole = transcript(vlm, s.loop, episode)
-    start = whole.mask.index(1)
-    if trace is not None and not s.first: start += len(said[0].ids)
+    if trace is None or s.first: return whole
+    start = whole.mask.index(1) + len(said[0].ids)
     return replace(whole, mask=(0,) * start + whole.mask[start:])
 
 # %% ../nbs/11_sft.ipynb #1ee399f5
@@ -109,9 +107,9 @@ def train_sft(
     rank, n_ranks = ranks()
     for lesson in logging.tqdm(lessons[rank::n_ranks], delay=5):
         make_row(vlm, s, *lesson)       # what is wrong is said before the first update
-    lasting = replace(s, micro=0, checkpointing=False)      # but for the memory
     run = Run(params, s, folder, dict(
-        s=lasting, base=fingerprint(vlm, params),
+        s=replace(s, micro=0, checkpointing=False),     # but for the memory
+        base=fingerprint(vlm, params),
         lessons=[(samples_hash([x]), trace) for x, trace in lessons]))
     for step in run:
         epoch, k = divmod(step, math.ceil(len(lessons) / s.batch))

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'trainable', 'add_lora', 'copy_adapter', 'save_checkpoint', 'last_checkpoint', 'fingerprint',
-           'samples_hash', 'rate', 'optimiser', 'pack', 'unpack', 'ranks', 'total', 'alone', 'Run', 'save_adapter']
+           'samples_hash', 'rate', 'pack', 'unpack', 'ranks', 'total', 'alone', 'Run', 'save_adapter']
 
 # %% ../nbs/10_train.ipynb #74a66493
-import copy, hashlib, math, os, platform, re
+import hashlib, math, os, platform, re
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from peft import LoraConfig, functional
 from safetensors import torch as safe
 from transformers.utils import logging
 from filelock import FileLock, Timeout
 from .core import (append_jsonl, data_path, read_json, replace_file, settings_hash,
                           write_json, write_jsonl)
-from .model import (SAVED, _misfits, adapter_weights, add_adapter, folder_hash,
-                           folder_of, set_adapter_weights, signature)
+from .model import (SAVED, adapter_weights, add_adapter, check_whole, folder_hash, folder_of,
+                           signature)
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
 TARGETS = r'^model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$'
@@ -60,15 +60,17 @@ def copy_adapter(
     new='grpo',     # name of the copy
 ):                  # dict of name -> parameter of the copy, as of `trainable`; KeyError without it
     "A copy of an adapter that is trained while the adapter itself is frozen."
-    config = copy.copy(vlm.model.peft_config[name])
-    config.inference_mode = False
-    add_adapter(vlm, config, new)
+    add_adapter(vlm, vlm.model.peft_config[name], new)
     params = trainable(vlm, new)
-    set_adapter_weights(vlm, new, adapter_weights(vlm, name))
+    functional.set_peft_model_state_dict(vlm.model, adapter_weights(vlm, name), new)
     return params
 
 # %% ../nbs/10_train.ipynb #4ebe6c2d
 _FILES = 'tensors.safetensors', 'manifest.json'
+
+def _sha256(data):
+    "A fingerprint of bytes."
+    return hashlib.sha256(data).hexdigest()
 
 def _checkpoints(folder):
     "The folders of a run's checkpoints, the oldest first."
@@ -84,10 +86,9 @@ def save_checkpoint(
 ):
     "Write a checkpoint beside the last one; it counts from the moment its manifest is there."
     tensors_file, manifest = (Path(folder)/f'{step:06}'/name for name in _FILES)
-    plain = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    data = safe.save(plain)
+    data = safe.save(tensors)
     replace_file(tensors_file, data)
-    state = dict(state, step=step, sha256=hashlib.sha256(data).hexdigest())
+    state = dict(state, step=step, sha256=_sha256(data))
     write_json(manifest, dict(state, whole=settings_hash(state)))
     for old in [path for path in _checkpoints(folder) if int(path.name) < step][:-1]:
         for name in _FILES: (old/name).unlink(missing_ok=True)
@@ -100,7 +101,7 @@ def _whole(checkpoint):
         data = (checkpoint/_FILES[0]).read_bytes()
         state = read_json(checkpoint/_FILES[1])
         whole = state.pop('whole') == settings_hash(state)
-        if whole and state['sha256'] == hashlib.sha256(data).hexdigest():
+        if whole and state['sha256'] == _sha256(data):
             return state, safe.load(data)
 
 # %% ../nbs/10_train.ipynb #15bfb934
@@ -119,8 +120,7 @@ def last_checkpoint(
 # %% ../nbs/10_train.ipynb #554e95e0
 def _tensor_hash(tensor):
     "A fingerprint of its bytes."
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return _sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
 
 def fingerprint(
     vlm,        # VLM
@@ -137,12 +137,11 @@ def fingerprint(
 # %% ../nbs/10_train.ipynb #d7497803
 def _picture_hash(image):
     "A fingerprint of a picture; None where there is none, or no good one."
-    try:
+    with suppress(OSError, ValueError):
         if isinstance(image, bytes): data = image
         elif isinstance(image, (str, Path)): data = Path(image).read_bytes()
         else: data = np.asarray(image).tobytes()
-    except (OSError, ValueError): return None
-    return hashlib.sha256(data).hexdigest()
+        return _sha256(data)
 
 def samples_hash(samples):  # list of core.Sample
     "A fingerprint of samples: of ids, words, truths and pictures, in their order."
@@ -155,21 +154,13 @@ def rate(
 ):          # learning rate
     "Up in a line, down in a cosine."
     if step < s.warmup: return s.lr * (step + 1) / s.warmup
-    angle = math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)
+    angle = math.pi * (step - s.warmup) / (s.steps - s.warmup)
     return s.lr * .5 * (1 + math.cos(angle))
-
-# %% ../nbs/10_train.ipynb #a7160b90
-def optimiser(
-    params,     # name -> parameter
-    s,          # settings with lr
-):              # torch's Adam
-    "Adam over an adapter, without weight decay."
-    return torch.optim.Adam(params.values(), lr=s.lr, betas=(.9, .98))
 
 # %% ../nbs/10_train.ipynb #1bb4bedd
 def pack(
     params,     # name -> parameter
-    opt,        # their optimiser
+    opt,        # torch's Adam over them
 ):              # dict of name -> tensor
     "Weights and the optimiser's state as named tensors."
     tensors = {}
@@ -223,26 +214,28 @@ def alone(folder):  # of a run, a Path; is made
     "While this is open, no other program works in the folder: ValueError says which one does."
     if ranks()[0]: return (yield)   # the first process locks for all of torchrun's
     folder.mkdir(parents=True, exist_ok=True)
-    holder, lock = folder/'.holder', FileLock(folder/'.lock')
-    try: lock.acquire(timeout=0)
+    holder = folder/'.holder'
+    try: lock = FileLock(folder/'.lock').acquire(timeout=0)
     except Timeout:
         raise ValueError(f'{folder}: in use by {holder.read_text()}') from None
-    try:
+    with lock:
         holder.write_text(f'process {os.getpid()} on {platform.node()}')
         for place in (folder, *_checkpoints(folder)):
             for torn in place.glob('.*.ivt.tmp'): torn.unlink()     # its writer was killed
         yield
-    finally: lock.release()
 
 # %% ../nbs/10_train.ipynb #8b88d59e
 def _keep(run, step):
     "The first process writes a checkpoint."
     if ranks()[0]: return
-    state = dict(settings_hash=run.digest, given=run.given, log=run.log)
-    save_checkpoint(run.folder, step, pack(run.params, run.opt), state)
+    save_checkpoint(run.folder, step, pack(run.params, run.opt),
+                    dict(settings_hash=run.digest, given=run.given, log=run.log))
 
 def _resume(run):
     "Put a run where it goes on: its step and log, parameters and optimiser."
+    run.folder = Path(run.folder)
+    run.digest = settings_hash(run.about)
+    run.opt = torch.optim.Adam(run.params.values(), betas=(.9, .98))    # its rate: see `move`
     weights = run.params.values()
     run.start, tensors, state = last_checkpoint(run.folder, run.digest)
     if total(run.start) != ranks()[1] * run.start:
@@ -258,44 +251,32 @@ def _resume(run):
     unpack(run.params, run.opt, tensors)
     if ranks()[0] == 0: write_jsonl(run.folder/'log.jsonl', run.log)
 
-# %% ../nbs/10_train.ipynb #80559051
-def _update(params, opt, clip, loss):
-    "One update from the gradients of all processes: their norm, and whether it was made."
-    for p in params.values():
-        if p.grad is None: p.grad = torch.zeros_like(p)
-        _add_up(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(params.values(), clip).item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite: opt.step()
-    opt.zero_grad()
-    return norm, finite
-
 # %% ../nbs/10_train.ipynb #24f685a0
+@dataclass
 class Run:
     "A training run that can be stopped anywhere; iterating it gives the steps that are left."
-    def __init__(
-        self,
-        params,     # name -> parameter
-        s,          # settings with lr, warmup, clip, steps, every
-        folder,     # for checkpoints and log.jsonl; ValueError where it is another run's, or in use
-        about,      # all that the run depends on, for JSON
-    ):
-        self.params, self.s, self.folder = params, s, Path(folder)
-        self.digest, self.opt = settings_hash(about), optimiser(params, s)
+    params: dict    # name -> parameter
+    s: object       # settings with lr, warmup, clip, steps, every
+    folder: Path    # for checkpoints and log.jsonl; ValueError where it is another run's, or in use
+    about: dict     # all that the run depends on, for JSON
 
     def __iter__(self):
-        with alone(self.folder):
+        with alone(Path(self.folder)):
             _resume(self)
-            for self.step in logging.tqdm(range(self.start, self.s.steps), initial=self.start,
-                                          total=self.s.steps):
-                yield self.step
+            for self.step in logging.tqdm(range(self.start, self.s.steps)): yield self.step
             for p in self.params.values(): p.moved_by = self.digest
 
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
-        "One update from the gradients of all processes."
+        "One update from the gradients of all processes; none where loss or norm is not finite."
         loss = total(loss)
+        for p in self.params.values():
+            if p.grad is None: p.grad = torch.zeros_like(p)
+            _add_up(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.s.clip).item()
         self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
-        norm, finite = _update(self.params, self.opt, self.s.clip, loss)
+        finite = math.isfinite(loss + norm)
+        if finite: self.opt.step()
+        self.opt.zero_grad()
         return dict(loss=loss, norm=norm) if finite else dict(loss=None, norm=None)
 
     def note(self, **row):          # for JSON; raises ValueError at the third bad step in a row
@@ -307,21 +288,6 @@ class Run:
         done = self.step + 1
         if done % self.s.every == 0 or done == self.s.steps: _keep(self, done)
 
-# %% ../nbs/10_train.ipynb #e6362f1d
-def _told(vlm, loop, run, base):
-    "What lies beside an adapter: all that it was taught with."
-    base = base or vlm.model.name_or_path
-    if Path(base).is_dir(): base = str(Path(base).resolve())
-    if base == str(data_path('tiny').resolve()): base = None
-    try: base_sha256 = folder_hash(folder_of(base, local=True))
-    except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
-    size = vlm.processor.size
-    return dict(
-        run=run, base=base, base_sha256=base_sha256, loop=asdict(loop), prompt=vlm.prompt,
-        pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
-        nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
-        attention=vlm.model.config._attn_implementation)
-
 # %% ../nbs/10_train.ipynb #5a74897b
 def save_adapter(
     vlm,        # VLM
@@ -330,17 +296,24 @@ def save_adapter(
     loop,       # Loop of its rows
     run='',     # name of the run that made it
     base=None,  # adapter that was merged before; by default the model itself
-):
-    "Write an adapter as a plain PEFT folder in bf16, with its base and its loop beside it."
+):              # nothing; raises ValueError where it is not finite, and nothing loads the folder
+    "Write an adapter as a plain PEFT folder in bf16; beside it lies all that it was taught with."
     folder = Path(folder)
-    weights = {key: v.bfloat16().cpu().contiguous()
-               for key, v in adapter_weights(vlm, name).items()}
-    odd = _misfits(weights, weights)
-    if odd: raise ValueError(f'{odd[0]} is not finite')
-    told = _told(vlm, loop, run, base)
+    base = base or vlm.model.name_or_path
+    if Path(base).is_dir(): base = str(Path(base).resolve())
+    if base == str(data_path('tiny').resolve()): base = None
+    try: base_sha256 = folder_hash(folder_of(base, local=True))
+    except OSError: base_sha256 = None  # it is gone since it was loaded: no reason to lose a run
+    size = vlm.processor.size
+    told = dict(run=run, base=base, base_sha256=base_sha256, loop=loop, prompt=vlm.prompt,
+                pixels=(size['shortest_edge'], size['longest_edge']), dtype=str(vlm.model.dtype),
+                nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
+                attention=vlm.model.config._attn_implementation)
     write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
+    weights = {key: v.bfloat16() for key, v in adapter_weights(vlm, name).items()}
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
+    check_whole(folder)
     config = vlm.model.peft_config[name].to_dict() | dict(
-        base_model_name_or_path=told['base'] or 'tiny', inference_mode=True)
+        base_model_name_or_path=base or 'tiny', inference_mode=True)
     write_json(folder/'adapter_config.json', config)
     write_json(folder/'ivt.json', dict(told, sha256=signature(folder, told)))

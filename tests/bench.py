@@ -52,7 +52,7 @@ from ivt_min.model import load, question
 from ivt_min.answer import Turn, answer, choose, closed, log_probs, stops, uniforms
 from ivt_min.loop import Loop, go_on, model_policy, rollout
 from ivt_min.verdict import loop_of
-from ivt_min.train import (TARGETS, add_lora, copy_adapter, last_checkpoint, optimiser, pack,
+from ivt_min.train import (TARGETS, add_lora, copy_adapter, last_checkpoint, pack,
                            save_checkpoint, unpack)
 from ivt_min.sft import SFT, make_row, sft_loss, train_sft
 from ivt_min.grpo import (GRPO, advantage, collect_rollouts, grpo_loss, logps, normaliser, reward,
@@ -350,7 +350,7 @@ def nudged(vlm, s):
 
 def stepping(backward, params, lr=1e-6):
     """A backward and what follows it: clip, Adam."""
-    opt = optimiser(params, Stub(lr=lr))
+    opt = torch.optim.Adam(params.values(), lr=lr, betas=(.9, .98))
     def whole(k):
         backward(k)
         torch.nn.utils.clip_grad_norm_(params.values(), 1.)
@@ -828,7 +828,7 @@ def restart(size):
     """A checkpoint of LoRA and Adam: write, read with its hash, put back."""
     vlm, s = load(device="cpu"), SFT()
     params = nudged(vlm, s)
-    opt, folder = optimiser(params, s), tempfile.mkdtemp()
+    opt, folder = torch.optim.Adam(params.values(), lr=s.lr, betas=(.9, .98)), tempfile.mkdtemp()
     for p in params.values(): p.grad = torch.ones_like(p)
     opt.step()
     def save(): save_checkpoint(folder, 1, pack(params, opt), dict(settings_hash="-", log=[]))

@@ -350,7 +350,7 @@ def stopped_at(monkeypatch, name, count):
 
 
 TEN = [("make_row", 1), ("fingerprint", 0), ("unpack", 0), ("save_checkpoint", 0), ("sft_loss", 1), ("sft_loss", 5),
-       ("_update", 0), ("_update", 3), ("append_jsonl", 2), ("save_checkpoint", 2), ("write_json", 1), ("rate", 4)]
+       ("_add_up", 20), ("_add_up", 160), ("append_jsonl", 2), ("save_checkpoint", 2), ("write_json", 1), ("rate", 4)]
 
 
 def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch):
