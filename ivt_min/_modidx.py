@@ -229,8 +229,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ivt_min.scenes._only': ('scenes.html#_only', 'ivt_min/scenes.py'),
                                 'ivt_min.scenes._overlap': ('scenes.html#_overlap', 'ivt_min/scenes.py'),
                                 'ivt_min.scenes._pick': ('scenes.html#_pick', 'ivt_min/scenes.py'),
-                                'ivt_min.scenes._place': ('scenes.html#_place', 'ivt_min/scenes.py'),
-                                'ivt_min.scenes._points': ('scenes.html#_points', 'ivt_min/scenes.py'),
                                 'ivt_min.scenes._stands': ('scenes.html#_stands', 'ivt_min/scenes.py'),
                                 'ivt_min.scenes._sure': ('scenes.html#_sure', 'ivt_min/scenes.py'),
                                 'ivt_min.scenes._tests_of': ('scenes.html#_tests_of', 'ivt_min/scenes.py'),
