@@ -197,7 +197,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ivt_min.render._below': ('render.html#_below', 'ivt_min/render.py'),
                                 'ivt_min.render._decode': ('render.html#_decode', 'ivt_min/render.py'),
                                 'ivt_min.render._flat': ('render.html#_flat', 'ivt_min/render.py'),
-                                'ivt_min.render._of_array': ('render.html#_of_array', 'ivt_min/render.py'),
                                 'ivt_min.render._outlined': ('render.html#_outlined', 'ivt_min/render.py'),
                                 'ivt_min.render._sheet': ('render.html#_sheet', 'ivt_min/render.py'),
                                 'ivt_min.render._words': ('render.html#_words', 'ivt_min/render.py'),
