@@ -25,19 +25,16 @@ def stops(vlm):     # VLM
     return set(ends if isinstance(ends, list) else [ends])
 
 # %% ../nbs/05_answer.ipynb #66db4e45
-def _banned(vlm):
-    "Ids that no answer holds."
-    ids = [i for i, token in vlm.tokenizer.added_tokens_decoder.items()
-           if token.special and i not in stops(vlm)]
-    return torch.tensor(ids, device=vlm.model.device)
-
 def log_probs(
     vlm,            # VLM
     logits,         # (..., V)
     temperature=0., # 0 counts as 1
 ):                  # (..., V) fp32
     "Log-probabilities as they are sampled from: scaled, normalised; suppressed tokens have -inf."
-    allowed = logits.float().index_fill(-1, _banned(vlm), -torch.inf)
+    marks = [i for i, token in vlm.tokenizer.added_tokens_decoder.items()
+             if token.special and i not in stops(vlm)]
+    banned = torch.tensor(marks, device=logits.device)
+    allowed = logits.float().index_fill(-1, banned, -torch.inf)
     return (allowed / (temperature or 1.)).log_softmax(-1)
 
 # %% ../nbs/05_answer.ipynb #938975ec
@@ -97,10 +94,9 @@ class Memory:
 # %% ../nbs/05_answer.ipynb #605e9936
 def _repeat(memory, rows):
     "The memory of some rows, each as often as its number comes; the old one is used up."
-    at = torch.tensor(rows, device=memory.mask.device)
-    memory.cache.batch_select_indices(at)
+    memory.cache.batch_select_indices(rows)
     dialogues = [memory.dialogues[k] for k in rows]
-    return Memory(memory.cache, memory.mask[at], dialogues, memory.position[at])
+    return Memory(memory.cache, memory.mask[rows], dialogues, memory.position[rows])
 
 # %% ../nbs/05_answer.ipynb #a419516d
 def _read(vlm, ids, mask, positions, pictures, memory):

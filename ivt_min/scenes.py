@@ -22,7 +22,7 @@ SHAPES = [  # width, height, px: all that are not square, up to 2 : 1
     '128x96 96x128 160x96 96x160 192x96 96x192 160x128 128x160 192x128 128x192'.split()]
 
 # %% ../nbs/03_scenes.ipynb #133093ee
-DIALECTS = ('g', 'adv', 'l4')
+DIALECTS = 'g', 'adv', 'l4'
 COLORS = {name: ImageColor.getrgb(code) for name, code in map(str.split, '''\
     red     #d72d2d
     orange  #f08c19

@@ -90,21 +90,21 @@ def scripted_teacher(seed=0):   # of the wording
 
 # %% ../nbs/09_traces.ipynb #775f99ca
 _EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)   # of a box (x0, y0, x1, y1)
-_WORDS = {word: (sort, list(map(int, edges)), int(sign + '1'))
+_WORDS = {word: (sort, list(map(int, edges)), int(sign))
           for word, sort, edges, sign in map(str.split, '''\
-    left    way     02      -
-    right   way     02      +
-    up      way     13      -
-    high    way     13      -
-    down    way     13      +
-    low     way     13      +
-    wid     size    02      +
-    narrow  size    02      -
-    tall    size    13      +
-    short   size    13      -
-    larg    size    0123    +
-    big     size    0123    +
-    small   size    0123    -'''.splitlines())}  # how a word begins; which numbers grow or shrink
+    left    way     02      -1
+    right   way     02      1
+    up      way     13      -1
+    high    way     13      -1
+    down    way     13      1
+    low     way     13      1
+    wid     size    02      1
+    narrow  size    02      -1
+    tall    size    13      1
+    short   size    13      -1
+    larg    size    0123    1
+    big     size    0123    1
+    small   size    0123    -1'''.splitlines())}  # how a word begins; which numbers grow or shrink
 
 # %% ../nbs/09_traces.ipynb #a602dafe
 _TOKEN = re.compile(r'''(?aix)

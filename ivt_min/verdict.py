@@ -76,8 +76,10 @@ def places(boxes):  # one a step, permille, or None
     "Where answers point: the index of the box in the middle of each place -> how many point there."
     found = []
     for box in filter(None, boxes):
-        here = next((place for place in found if iou(place[0], box) >= .5), None)
-        if here: here.append(box)
+        for place in found:
+            if iou(place[0], box) >= .5:
+                place.append(box)
+                break
         else: found.append([box])
     return {boxes.index(RULES['medoid'](place, ())): len(place) for place in found}
 
