@@ -181,10 +181,10 @@ def model_policy(
         for k, (one, e) in enumerate(zip(past, episodes)):
             if one not in made:
                 made[one] = go_on(vlm, loop, before[k], e) if before else question(vlm, e.sample)
-        if kept is not None: made = dict(zip(made, _seen(vlm, made.values())))
-        dialogues = [made[one] for one in past]
         if kept is not None:
-            for e, d in zip(episodes, dialogues): kept.setdefault(e.key, []).append(d)
+            made = dict(zip(made, _seen(vlm, made.values())))
+            for e, one in zip(episodes, past): kept.setdefault(e.key, []).append(made[one])
+        dialogues = [made[one] for one in past]
         keys = [(*e.key, len(e.turns)) for e in episodes]
         turns, known = answer(vlm, dialogues, known, loop.max_tokens, loop.temperature, keys,
                               closed)
@@ -213,6 +213,14 @@ class Transcript:
     mask: tuple         # L numbers, 1 where the id was sampled by the policy
     logps: tuple        # log-probability of each sampled id, as it was sampled
 
+def _reread(vlm, loop, episode):
+    "The dialogues of a finished episode, one a turn."
+    dialogues = [question(vlm, episode.sample)]
+    for t in range(1, len(episode.turns)):
+        so_far = replace(episode, turns=episode.turns[:t], drawn=episode.drawn[:t])
+        dialogues.append(go_on(vlm, loop, dialogues[-1], so_far))
+    return dialogues
+
 # %% ../nbs/06_loop.ipynb #35e348b8
 def transcript(
     vlm,        # VLM
@@ -221,10 +229,7 @@ def transcript(
     asked=None, # its dialogues, one a turn, as `model_policy` keeps them; by default made anew
 ):            # Transcript
     "An episode in one piece; its ids are those that were sampled, never text read again."
-    dialogues = list(asked or [question(vlm, episode.sample)])
-    for t in range(len(dialogues), len(episode.turns)):
-        so_far = replace(episode, turns=episode.turns[:t], drawn=episode.drawn[:t])
-        dialogues.append(go_on(vlm, loop, dialogues[-1], so_far))
+    dialogues = asked or _reread(vlm, loop, episode)
     mask, logps = [], []
     for t, turn in enumerate(episode.turns):
         n = len(turn.ids if t + 1 == len(episode.turns) else _goes_on(turn))

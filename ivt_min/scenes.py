@@ -40,22 +40,19 @@ def _ngon(n):
     angle = np.arange(n) * 2 * np.pi / n
     return np.column_stack([np.sin(angle), -np.cos(angle)])
 
-def _heart(t):
-    "Points of a heart at the angles `t`, (n, 2)."
-    x = 16 * np.sin(t) ** 3
-    y = (-13 * np.cos(t) + 5 * np.cos(2 * t)
-         + 2 * np.cos(3 * t) + np.cos(4 * t))
-    return np.column_stack([x, y])
-
 # %% ../nbs/03_scenes.ipynb #2d85653d
 _DISC = _ngon(28)
+_TURN = np.linspace(0, 2 * np.pi, 28, endpoint=False)   # radians
 _CORNERS = dict(    # (x, y) of each, (n, 2)
     circle=_DISC,
     diamond=_ngon(4),
     star=_ngon(10) * ([[1.], [.42]] * 5),   # every second corner is drawn in
     ring=np.concatenate([
         _DISC, _DISC[:1], _DISC[:1] * .5, _DISC[::-1] * .5]),
-    heart=_heart(np.linspace(0, 2 * np.pi, 28, endpoint=False)),
+    heart=np.column_stack([
+        16 * np.sin(_TURN) ** 3,
+        -13 * np.cos(_TURN) + 5 * np.cos(2 * _TURN)
+        + 2 * np.cos(3 * _TURN) + np.cos(4 * _TURN)]),
     moon=np.concatenate([
         _DISC[2:27], (_DISC * .8 + (0, -.42))[26:2:-1]]))
 _CORNERS |= {kind: np.loadtxt(points, delimiter=',') for kind, *points in map(str.split, '''\
@@ -92,11 +89,6 @@ class Thing:
         "Of its box, (x, y), px."
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
-
-    @property
-    def area(self):
-        "Of its box, square px."
-        return area(self.box)
 
 # %% ../nbs/03_scenes.ipynb #bd950f9f
 def _ground(rng, on=SQUARE):
@@ -138,12 +130,12 @@ def paint(
     height, width, _ = pixels.shape
     owner = np.full((height, width), -1, np.int8)
     masks = [_mask(thing) for thing in things]
-    for i, thing in enumerate(things):
+    for i, (thing, mask) in enumerate(zip(things, masks)):
         color = np.array(COLORS[thing.color]) + rng.integers(-9, 10, 3)
         mark = color * .5 if color.mean() > 70 else color + 110
-        pixels[masks[i]] = color.clip(0, 255)
-        pixels[masks[i] & _MARKS[thing.pattern][:height, :width]] = mark.clip(0, 255)
-        owner[masks[i]] = i
+        pixels[mask] = color.clip(0, 255)
+        pixels[mask & _MARKS[thing.pattern][:height, :width]] = mark.clip(0, 255)
+        owner[mask] = i
     done = []
     for i, thing in enumerate(things):
         left = owner == i
@@ -216,8 +208,7 @@ def _sure(distance, margin=MARGIN):
 def _only(things, *tests):
     "The thing that all tests are sure of while each other fails one; None if there is none."
     left = [o for o in things if False not in [test(o) for test in tests]]
-    if len(left) != 1: return None
-    return left[0] if all(test(left[0]) for test in tests) else None
+    return left[0] if len(left) == 1 and all(test(left[0]) for test in tests) else None
 
 def _first(things, key, margin=MARGIN * SIDE, rank=0):
     "The thing of a rank by `key`; None if another is within `margin` of it, or there is no other."
@@ -244,7 +235,7 @@ def describe(
 def _has(thing, parts=_PARTS):
     "The test whether all words of a description are true of another thing."
     words = set(describe(thing, parts).split())
-    return lambda o: words <= {o.size, o.pattern, o.color, o.kind, 'object'}
+    return lambda o: words <= {*describe(o).split(), 'object'}
 
 def name_of(
     thing,      # a Thing
@@ -367,7 +358,7 @@ def _ask_l4(thing, things, rng):
         return f'the second {name} from the {side}', _first(group, along, rank=1)
     if style == 2:
         word, order = _pick(rng, [('largest', -1), ('smallest', 1)])
-        def size(o): return order * math.log(o.area)
+        def size(o): return order * math.log(area(o.box))
         return f'the {word} {name}', _first(group, size, math.log(1.3))
     if style == 3:
         place = _pick(rng, PLACES)
@@ -409,7 +400,7 @@ def draw_sample(
     thing = things[target]
     boxes = [to_permille(t.box, *on) for t in things]
     meta = dict(boxes=boxes, target=target, size=thing.size,
-                area=thing.area / math.prod(on), seen=thing.seen)
+                area=area(thing.box) / math.prod(on), seen=thing.seen)
     return Sample(id, dialect, text, boxes[target], image, meta)
 
 # %% ../nbs/03_scenes.ipynb #04583774
