@@ -144,17 +144,17 @@ def parse_box(
     try: found = _in_json(json.loads(answer, object_pairs_hook=tuple, parse_int=float))
     except (ValueError, RecursionError): found = _in_text(answer)     # all of it strings
     if not found: return Parsed(error='no box')
+    n_boxes = len(found)
     repairs = ()
     if any(isinstance(v, str) for quad in found for v in quad): repairs += ('json',)
     raw = tuple(map(float, found[0]))
     if not all(abs(v) <= 10_000 for v in raw):
-        return Parsed(n_boxes=len(found), repairs=repairs,
-                      error='number not finite or beyond 10,000')
+        return Parsed(None, None, n_boxes, repairs, 'number not finite or beyond 10,000')
     placed = to_permille(raw, width, height)
     x0, y0, x1, y1 = placed
     ordered = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
     box = tuple(min(max(float(v), 0.), 1000.) for v in ordered)
     if ordered != placed: repairs += ('ordered',)
     if box != ordered: repairs += ('clipped',)
-    if not area(box): return Parsed(raw, None, len(found), repairs, 'no area')
-    return Parsed(raw, box, len(found), repairs)
+    if not area(box): return Parsed(raw, None, n_boxes, repairs, 'no area')
+    return Parsed(raw, box, n_boxes, repairs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 import torch
 from transformers.utils import logging
-from .core import Sample, Trajectory, distinct, rng, unique
+from .core import Sample, Trajectory, rng, unique
 from .boxes import iou, parse_box
 from .render import draw_box, open_image
 from .model import (Dialogue, _marks, encode, encode_pictures, image_tokens, question,
@@ -159,25 +159,12 @@ def go_on(
     return Dialogue(ids, (*dialogue.pictures, shown))
 
 # %% ../nbs/06_loop.ipynb #388d7009
-def _dialogues(vlm, loop, before, episodes):
-    "Where each one's next turn begins; episodes that said and were shown the same share it."
-    made, found = {}, []
-    for k, e in enumerate(episodes):
-        key = id(e.sample), tuple(turn.ids for turn in e.turns), e.drawn
-        if key not in made:
-            made[key] = go_on(vlm, loop, before[k], e) if before else question(vlm, e.sample)
-        found.append(made[key])
-    return found
-
-# %% ../nbs/06_loop.ipynb #8ab232cc
 @torch.no_grad()
 def _seen(vlm, dialogues):
     "The same dialogues; of the last picture only what the vision tower made of it."
-    unlike, of = distinct(dialogues)
-    last = encode_pictures(vlm, [d.pictures[-1] for d in unlike])
-    seen = [replace(d, pictures=(*d.pictures[:-1], replace(p, patches=None)))
-            for d, p in zip(unlike, last)]
-    return [seen[k] for k in of]
+    last = encode_pictures(vlm, [d.pictures[-1] for d in dialogues])
+    return [replace(d, pictures=(*d.pictures[:-1], replace(p, patches=None)))
+            for d, p in zip(dialogues, last)]
 
 # %% ../nbs/06_loop.ipynb #aef65b9b
 def model_policy(
@@ -188,10 +175,16 @@ def model_policy(
     "The model as a policy: only what is new is read, and what episodes share is read once."
     def policy(episodes, memory=None):
         before, known = memory or (None, None)
-        dialogues = _dialogues(vlm, loop, before, episodes)
+        # what was said and shown: episodes that have it in common share a dialogue
+        past = [(id(e.sample), tuple(turn.ids for turn in e.turns), e.drawn) for e in episodes]
+        made = {}
+        for k, (one, e) in enumerate(zip(past, episodes)):
+            if one not in made:
+                made[one] = go_on(vlm, loop, before[k], e) if before else question(vlm, e.sample)
         if kept is not None:
-            dialogues = _seen(vlm, dialogues)
-            for e, d in zip(episodes, dialogues): kept.setdefault(e.key, []).append(d)
+            made = dict(zip(made, _seen(vlm, made.values())))
+            for e, one in zip(episodes, past): kept.setdefault(e.key, []).append(made[one])
+        dialogues = [made[one] for one in past]
         keys = [(*e.key, len(e.turns)) for e in episodes]
         turns, known = answer(vlm, dialogues, known, loop.max_tokens, loop.temperature, keys,
                               closed)
@@ -222,10 +215,10 @@ class Transcript:
 
 def _reread(vlm, loop, episode):
     "The dialogues of a finished episode, one a turn."
-    dialogues = []
-    for t in range(len(episode.turns)):
+    dialogues = [question(vlm, episode.sample)]
+    for t in range(1, len(episode.turns)):
         so_far = replace(episode, turns=episode.turns[:t], drawn=episode.drawn[:t])
-        dialogues += _dialogues(vlm, loop, dialogues[-1:], [so_far])
+        dialogues.append(go_on(vlm, loop, dialogues[-1], so_far))
     return dialogues
 
 # %% ../nbs/06_loop.ipynb #35e348b8

@@ -18,23 +18,20 @@ from .boxes import area, to_pixels
 class ImageError(ValueError):
     "A picture that cannot be used; the message names it and says why."
 
-_FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')   # none that starts another program
+# %% ../nbs/02_render.ipynb #6dc72c97
+_FORMATS = 'JPEG PNG GIF WEBP BMP TIFF PPM'.split()     # none that starts another program
 
 def _decode(source):
-    "A picture that is no PIL image yet as one, the way it is stored."
-    if isinstance(source, np.ndarray): return _of_array(source)
+    "What is no PIL image yet as one, the way it is stored; ValueError says what to do."
+    if isinstance(source, np.ndarray):
+        fine = source.ndim == 2 or source.ndim == 3 and source.shape[2] in (3, 4)
+        if fine and source.dtype in (np.uint8, np.uint16): return Image.fromarray(source)
+        raise ValueError(f'array of {source.dtype} {source.shape}, not of uint8 (height, width, 3)'
+                         ': of 0 to 1 give (array * 255).round().astype("uint8"), channels first '
+                         'array.transpose(1, 2, 0)')
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     if '://' in str(file): raise ValueError('a URL; no network here')
     return Image.open(file, formats=_FORMATS)
-
-# %% ../nbs/02_render.ipynb #6dc72c97
-def _of_array(a):
-    "An array as a PIL image; ValueError says what to do with one of another kind."
-    fine = a.ndim == 2 or a.ndim == 3 and a.shape[2] in (3, 4)
-    if fine and a.dtype in (np.uint8, np.uint16): return Image.fromarray(a)
-    raise ValueError(f'array of {a.dtype} {a.shape}, not of uint8 (height, width, 3): of 0 to 1 '
-                     'give (array * 255).round().astype("uint8"), channels first '
-                     'array.transpose(1, 2, 0)')
 
 # %% ../nbs/02_render.ipynb #017e07f0
 def _flat(image):

@@ -18,20 +18,20 @@ from .core import Sample, rng
 SIDE = 128  # of a square picture, px
 SQUARE = SIDE, SIDE
 SHAPES = [  # width, height, px: all that are not square, up to 2 : 1
-    (128, 96), (96, 128), (160, 96), (96, 160), (192, 96), (96, 192),
-    (160, 128), (128, 160), (192, 128), (128, 192)]
+    tuple(map(int, shape.split('x'))) for shape in
+    '128x96 96x128 160x96 96x160 192x96 96x192 160x128 128x160 192x128 128x192'.split()]
 
 # %% ../nbs/03_scenes.ipynb #133093ee
-DIALECTS = ('g', 'adv', 'l4')
-COLORS = {name: ImageColor.getrgb(code) for name, code in dict(
-    red='#d72d2d',
-    orange='#f08c19',
-    yellow='#f0dc32',
-    green='#2d963c',
-    blue='#2d5ad7',
-    purple='#913cb9',
-    black='#1c1c1c',
-    white='#fafafa').items()}   # of three numbers
+DIALECTS = 'g', 'adv', 'l4'
+COLORS = {name: ImageColor.getrgb(code) for name, code in map(str.split, '''\
+    red     #d72d2d
+    orange  #f08c19
+    yellow  #f0dc32
+    green   #2d963c
+    blue    #2d5ad7
+    purple  #913cb9
+    black   #1c1c1c
+    white   #fafafa'''.splitlines())}    # of three numbers
 RADII = dict(small=(8, 12), medium=(14, 20), large=(23, 31))  # half a side, least and most, px
 
 # %% ../nbs/03_scenes.ipynb #90f4706a
@@ -40,38 +40,32 @@ def _ngon(n):
     angle = np.arange(n) * 2 * np.pi / n
     return np.column_stack([np.sin(angle), -np.cos(angle)])
 
-def _heart(t):
-    "Points of a heart at the angles `t`, (n, 2)."
-    x = 16 * np.sin(t) ** 3
-    y = (-13 * np.cos(t) + 5 * np.cos(2 * t)
-         + 2 * np.cos(3 * t) + np.cos(4 * t))
-    return np.column_stack([x, y])
-
 # %% ../nbs/03_scenes.ipynb #2d85653d
-def _points(text):
-    "Corners (x, y) as an SVG lists them, (n, 2)."
-    return np.loadtxt(text.split(), delimiter=',')
-
 _DISC = _ngon(28)
-_CORNERS = dict(
+_TURN = np.linspace(0, 2 * np.pi, 28, endpoint=False)   # radians
+_CORNERS = dict(    # (x, y) of each, (n, 2)
     circle=_DISC,
-    square=_points('-1,-1 1,-1 1,1 -1,1'),
-    triangle=_points('0,-1 1,1 -1,1'),
     diamond=_ngon(4),
     star=_ngon(10) * ([[1.], [.42]] * 5),   # every second corner is drawn in
-    hexagon=_points('.5,-1 1,0 .5,1 -.5,1 -1,0 -.5,-1'),
-    cross=_points('-.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 '
-                  '.36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36'),
     ring=np.concatenate([
         _DISC, _DISC[:1], _DISC[:1] * .5, _DISC[::-1] * .5]),
-    heart=_heart(np.linspace(0, 2 * np.pi, 28, endpoint=False)),
+    heart=np.column_stack([
+        16 * np.sin(_TURN) ** 3,
+        -13 * np.cos(_TURN) + 5 * np.cos(2 * _TURN)
+        + 2 * np.cos(3 * _TURN) + np.cos(4 * _TURN)]),
     moon=np.concatenate([
-        _DISC[2:27], (_DISC * .8 + (0, -.42))[26:2:-1]]),
-    arrow=_points('-1,-.4 .1,-.4 .1,-1 1,0 .1,1 .1,.4 -1,.4'),
-    house=_points('0,-1 1,-.1 .75,-.1 .75,1 -.75,1 -.75,-.1 -1,-.1'))
+        _DISC[2:27], (_DISC * .8 + (0, -.42))[26:2:-1]]))
+_CORNERS |= {kind: np.loadtxt(points, delimiter=',') for kind, *points in map(str.split, '''\
+  square -1,-1 1,-1 1,1 -1,1
+  triangle 0,-1 1,1 -1,1
+  hexagon .5,-1 1,0 .5,1 -.5,1 -1,0 -.5,-1
+  cross -.36,-1 .36,-1 .36,-.36 1,-.36 1,.36 .36,.36 .36,1 -.36,1 -.36,.36 -1,.36 -1,-.36 -.36,-.36
+  arrow -1,-.4 .1,-.4 .1,-1 1,0 .1,1 .1,.4 -1,.4
+  house 0,-1 1,-.1 .75,-.1 .75,1 -.75,1 -.75,-.1 -1,-.1'''.splitlines())}
 _OUTLINES = {kind: (corners - corners.min(0)) / np.ptp(corners, 0) * 2 - 1
              for kind, corners in _CORNERS.items()}
-KINDS = tuple(_OUTLINES)
+KINDS = tuple('circle square triangle diamond star hexagon cross ring '
+              'heart moon arrow house'.split())
 COMMON = KINDS[:8]  # all that g and adv draw
 
 # %% ../nbs/03_scenes.ipynb #d51d83b9
@@ -95,11 +89,6 @@ class Thing:
         "Of its box, (x, y), px."
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
-
-    @property
-    def area(self):
-        "Of its box, square px."
-        return area(self.box)
 
 # %% ../nbs/03_scenes.ipynb #bd950f9f
 def _ground(rng, on=SQUARE):
@@ -141,12 +130,12 @@ def paint(
     height, width, _ = pixels.shape
     owner = np.full((height, width), -1, np.int8)
     masks = [_mask(thing) for thing in things]
-    for i, thing in enumerate(things):
+    for i, (thing, mask) in enumerate(zip(things, masks)):
         color = np.array(COLORS[thing.color]) + rng.integers(-9, 10, 3)
         mark = color * .5 if color.mean() > 70 else color + 110
-        pixels[masks[i]] = color.clip(0, 255)
-        pixels[masks[i] & _MARKS[thing.pattern][:height, :width]] = mark.clip(0, 255)
-        owner[masks[i]] = i
+        pixels[mask] = color.clip(0, 255)
+        pixels[mask & _MARKS[thing.pattern][:height, :width]] = mark.clip(0, 255)
+        owner[mask] = i
     done = []
     for i, thing in enumerate(things):
         left = owner == i
@@ -175,20 +164,6 @@ def _overlap(a, b):
     smaller = 4 * min(a.w * a.h, b.w * b.h)
     return shared_area(_frame(a), _frame(b)) / smaller
 
-# %% ../nbs/03_scenes.ipynb #4b5eb9b6
-def _place(kind, color, pattern, size, things, rng, on=SQUARE):
-    "A new thing where there is room for it; None if 12 tries find none."
-    for _ in range(12):
-        radius = rng.uniform(*RADII[size])
-        stretch = rng.uniform(-.12, .12)
-        w = radius * (1 + stretch)
-        h = radius * (1 - stretch)
-        x = rng.uniform(w + 1, on[0] - w - 1)
-        y = rng.uniform(h + 1, on[1] - h - 1)
-        thing = Thing(kind, color, pattern, size, x, y, w, h, on=on)
-        if all(_overlap(thing, other) < OVERLAP for other in things): return thing
-    return None
-
 # %% ../nbs/03_scenes.ipynb #43b4b203
 def _pick(rng, options, odds=None):
     "One of the options, by default all alike; of a dict, one of its keys."
@@ -210,8 +185,17 @@ def arrange(
         size = _pick(rng, RADII, SIZE_ODDS[dialect])
         color = _pick(rng, COLORS)
         pattern = _pick(rng, PATTERNS, PATTERN_ODDS)
-        thing = _place(kind, color, pattern, size, things, rng, on)
-        if thing: things.append(thing)
+        for _ in range(12):     # tries; where none finds room the thing is left out
+            radius = rng.uniform(*RADII[size])
+            stretch = rng.uniform(-.12, .12)
+            w = radius * (1 + stretch)
+            h = radius * (1 - stretch)
+            x = rng.uniform(w + 1, on[0] - w - 1)
+            y = rng.uniform(h + 1, on[1] - h - 1)
+            thing = Thing(kind, color, pattern, size, x, y, w, h, on=on)
+            if all(_overlap(thing, other) < OVERLAP for other in things):
+                things.append(thing)
+                break
     rng.shuffle(things)
     return things
 
@@ -224,8 +208,7 @@ def _sure(distance, margin=MARGIN):
 def _only(things, *tests):
     "The thing that all tests are sure of while each other fails one; None if there is none."
     left = [o for o in things if False not in [test(o) for test in tests]]
-    if len(left) != 1: return None
-    return left[0] if all(test(left[0]) for test in tests) else None
+    return left[0] if len(left) == 1 and all(test(left[0]) for test in tests) else None
 
 def _first(things, key, margin=MARGIN * SIDE, rank=0):
     "The thing of a rank by `key`; None if another is within `margin` of it, or there is no other."
@@ -236,7 +219,7 @@ def _first(things, key, margin=MARGIN * SIDE, rank=0):
     return chosen if min(gaps) >= margin else None
 
 # %% ../nbs/03_scenes.ipynb #8bca865f
-_PARTS = 'size', 'pattern', 'color', 'kind'  # of a description, in the order of English
+_PARTS = 'size pattern color kind'  # of a description, in the order of English
 _UNSAID = 'medium', 'plain'  # what a sentence does not mention
 
 def describe(
@@ -244,7 +227,7 @@ def describe(
     parts=_PARTS,   # which of its attributes may be said
 ):                  # such as "small striped red star"
     "Some attributes of a thing in words; without its kind it is an \"object\"."
-    words = [getattr(thing, part) for part in parts]
+    words = [getattr(thing, part) for part in parts.split()]
     if 'kind' not in parts: words.append('object')
     return ' '.join(word for word in words if word not in _UNSAID)
 
@@ -252,15 +235,15 @@ def describe(
 def _has(thing, parts=_PARTS):
     "The test whether all words of a description are true of another thing."
     words = set(describe(thing, parts).split())
-    return lambda o: words <= {o.size, o.pattern, o.color, o.kind, 'object'}
+    return lambda o: words <= {*describe(o).split(), 'object'}
 
 def name_of(
     thing,      # a Thing
     things,     # all Things of its scene
 ):              # or None, where it has a twin
     "The shortest description that is true of this thing alone."
-    for more in ((), ('pattern',), ('size',), ('size', 'pattern')):
-        parts = (*more, 'color', 'kind')
+    for parts in ('color kind', 'pattern color kind', 'size color kind',
+                  'size pattern color kind'):
         if _only(things, _has(thing, parts)) is thing: return describe(thing, parts)
     return None
 
@@ -284,9 +267,9 @@ def _tests_of(place):
     return [_toward(side) for side in DIRECTIONS if side in place] or [_middle]
 
 PLACES = {place: _tests_of(place) for place in (
-    'on the left', 'on the right', 'at the top', 'at the bottom',
-    'in the top left corner', 'in the top right corner',
-    'in the bottom left corner', 'in the bottom right corner', 'in the middle')}
+    'on the left, on the right, at the top, at the bottom, in the top left corner, '
+    'in the top right corner, in the bottom left corner, in the bottom right corner, '
+    'in the middle').split(', ')}
 RELATIONS = dict(zip(('left of', 'right of', 'above', 'below'), DIRECTIONS.values()))
 
 # %% ../nbs/03_scenes.ipynb #94277479
@@ -361,7 +344,7 @@ def _ask_adv(thing, things, rng):
 # %% ../nbs/03_scenes.ipynb #ae439cb5
 def _ask_l4(thing, things, rng):
     "A place, a rank or a size among the things of a plain name."
-    parts = _pick(rng, [('kind',), ('color', 'kind'), ('color',), ()])
+    parts = _pick(rng, ['kind', 'color kind', 'color', ''])
     style = rng.integers(5)
     side = _pick(rng, DIRECTIONS)
     name = describe(thing, parts)
@@ -375,7 +358,7 @@ def _ask_l4(thing, things, rng):
         return f'the second {name} from the {side}', _first(group, along, rank=1)
     if style == 2:
         word, order = _pick(rng, [('largest', -1), ('smallest', 1)])
-        def size(o): return order * math.log(o.area)
+        def size(o): return order * math.log(area(o.box))
         return f'the {word} {name}', _first(group, size, math.log(1.3))
     if style == 3:
         place = _pick(rng, PLACES)
@@ -417,7 +400,7 @@ def draw_sample(
     thing = things[target]
     boxes = [to_permille(t.box, *on) for t in things]
     meta = dict(boxes=boxes, target=target, size=thing.size,
-                area=thing.area / math.prod(on), seen=thing.seen)
+                area=area(thing.box) / math.prod(on), seen=thing.seen)
     return Sample(id, dialect, text, boxes[target], image, meta)
 
 # %% ../nbs/03_scenes.ipynb #04583774

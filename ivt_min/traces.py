@@ -49,13 +49,12 @@ class Look:
 
 # %% ../nbs/09_traces.ipynb #a4a25fd3
 STAY = 5    # an edge that moves by no more stays, permille
-_AXES = (   # of x and of y: two edges, the ways of the axis, what a box of the wrong size is
-    dict(low='left edge', high='right edge', less='left', more='right', big='wide', small='narrow'),
-    dict(low='top edge', high='bottom edge', less='up', more='down', big='tall', small='short'))
+_AXES = [   # of x and of y: two edges, the ways of the axis, what a box of the wrong size is
+    'left edge, right edge, left, right, wide, narrow'.split(', '),
+    'top edge, bottom edge, up, down, tall, short'.split(', ')]
 
-def _move(choose, words, edge, by):
-    "One sentence: an edge, or the whole box, moves by so much."
-    way = words['more' if by > 0 else 'less']
+def _move(choose, edge, way, by):
+    "One sentence: an edge, or the whole box, moves that way by so much."
     if abs(by) < 40: way += ' a little'
     if abs(by) > 160: way += ' a lot'
     return choose(f'Move the {edge} {way}.', f'The {edge} must go {way}.',
@@ -64,17 +63,17 @@ def _move(choose, words, edge, by):
 # %% ../nbs/09_traces.ipynb #bc9012f7
 def _along(choose, axis, box, target):
     "What is said of one axis: how its two edges move, and whether the box has the wrong size."
-    words = _AXES[axis]
+    low_edge, high_edge, less, more, big, small = _AXES[axis]
     start, end = box[axis::2]
     low = target[axis] - start
     high = target[axis + 2] - end
-    moves = {words['low']: low, words['high']: high}
+    moves = {low_edge: low, high_edge: high}
     if min(low, high) > STAY or max(low, high) < -STAY:
         moves = {'box': (low + high) / 2}
-    said = [_move(choose, words, edge, by)
+    said = [_move(choose, edge, more if by > 0 else less, by)
             for edge, by in moves.items() if abs(by) > STAY]
     if abs(high - low) > max(2 * STAY, .15 * (end - start)):
-        size = words['small' if high > low else 'big']
+        size = small if high > low else big
         said.append(choose(f'It is too {size}.', f'The box is too {size}.'))
     return said
 
@@ -90,15 +89,22 @@ def scripted_teacher(seed=0):   # of the wording
     return lambda looks: [say(look) for look in looks]
 
 # %% ../nbs/09_traces.ipynb #775f99ca
-_X = [0, 2]         # the edges of a box (x0, y0, x1, y1) that lie across x
-_Y = [1, 3]
-_ALL = [0, 1, 2, 3]
-_EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)
-_WAYS = dict(       # a word -> the edges that move
-    left=_X, right=_X, up=_Y, high=_Y, down=_Y, low=_Y)
-_SIZES = dict(      # how a word begins -> the edges that say the size
-    wid=_X, narrow=_X, tall=_Y, short=_Y, larg=_ALL, big=_ALL, small=_ALL)
-_LESS = 'left', 'up', 'high', 'narrow', 'short', 'small'    # by which numbers get smaller
+_EDGES = dict(left=0, top=1, upper=1, right=2, bottom=3, lower=3)   # of a box (x0, y0, x1, y1)
+_WORDS = {word: (sort, list(map(int, edges)), int(sign))
+          for word, sort, edges, sign in map(str.split, '''\
+    left    way     02      -1
+    right   way     02      1
+    up      way     13      -1
+    high    way     13      -1
+    down    way     13      1
+    low     way     13      1
+    wid     size    02      1
+    narrow  size    02      -1
+    tall    size    13      1
+    short   size    13      -1
+    larg    size    0123    1
+    big     size    0123    1
+    small   size    0123    -1'''.splitlines())}  # how a word begins; which numbers grow or shrink
 
 # %% ../nbs/09_traces.ipynb #a602dafe
 _TOKEN = re.compile(r'''(?aix)
@@ -120,11 +126,10 @@ def _size(box, edges):
 def _judge(kind, word, edge, box, target):
     "What a word says of an edge, or of the box where that is None: kind, whether true, edges."
     move = [b - a for a, b in zip(box, target)]
-    if kind == 'keep': return kind, max(map(abs, move)) <= STAY, _ALL
-    edges = (_SIZES | _WAYS)[word]
-    sign = -1 if word in _LESS else 1
+    if kind == 'keep': return kind, max(map(abs, move)) <= STAY, [0, 1, 2, 3]
+    sort, edges, sign = _WORDS[word]
     if kind == 'too': sign = -sign      # what is too wide must get narrower
-    if word in _SIZES:
+    if sort == 'size':
         was, will = _size(box, edges), _size(target, edges)
         return 'size', (will - was) * sign > .02 * was, edges
     if edge is None: return 'shift', sum(move[e] for e in edges) * sign > 2 * STAY, edges

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import log
+import numpy as np
 import torch
 from PIL import Image
 from .core import Sample
@@ -23,7 +24,7 @@ from .loop import Loop, _start, go_on, model_policy, record, rollout
 from .columns import RULES
 
 # %% ../nbs/13_verdict.ipynb #a7e74e58
-_WAYS = (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1)
+_WAYS = np.loadtxt('0,0 -1,0 1,0 0,-1 0,1 -1,-1 1,1 -1,1'.split(), int, delimiter=',')
 
 def move(
     image,  # RGB image
@@ -31,7 +32,7 @@ def move(
 ):          # RGB image of the same size; how far it was moved to the right and down, px
     "The picture as a step sees it: step 0 as it is, others moved by a 32nd of its shorter side."
     far = max(1, round(min(image.size) / 32))
-    by = tuple(far * way for way in _WAYS[step % len(_WAYS)])
+    by = tuple((far * _WAYS[step % len(_WAYS)]).tolist())
     moved = Image.new('RGB', image.size, image.getpixel((0, 0)))
     moved.paste(image, by)
     return moved, by
@@ -75,8 +76,10 @@ def places(boxes):  # one a step, permille, or None
     "Where answers point: the index of the box in the middle of each place -> how many point there."
     found = []
     for box in filter(None, boxes):
-        here = next((place for place in found if iou(place[0], box) >= .5), None)
-        if here: here.append(box)
+        for place in found:
+            if iou(place[0], box) >= .5:
+                place.append(box)
+                break
         else: found.append([box])
     return {boxes.index(RULES['medoid'](place, ())): len(place) for place in found}
 

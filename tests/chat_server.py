@@ -78,11 +78,11 @@ class Tiny:
         return Dialogue(tuple(vlm.tokenizer.encode(first, add_special_tokens=False)), tuple(pictures))
 
     def choice(self, asked):
-        from ivt_min.answer import generate
+        from ivt_min.answer import answer
         with self.lock:
             keys = [("served", asked["seed"])] if asked["temperature"] else None
-            [turn] = generate(self.vlm, [self.dialogue(asked["messages"])], asked["max_tokens"],
-                              asked["temperature"], keys)
+            [turn], _ = answer(self.vlm, [self.dialogue(asked["messages"])], None,
+                               asked["max_tokens"], asked["temperature"], keys)
         tokens = [{"token": self.vlm.tokenizer.decode([i]), "logprob": p, "bytes": None, "top_logprobs": []}
                   for i, p in zip(turn.ids, turn.logps)]
         logprobs = {"content": tokens} if asked.get("logprobs") else None

@@ -14,7 +14,7 @@ from PIL import Image
 from peft import PeftModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from ivt_min.answer import Turn, closed, generate, score
+from ivt_min.answer import Turn, answer, closed, score
 from ivt_min.boxes import format_box, parse_box
 from ivt_min.core import Sample, Trajectory, read_json
 from ivt_min.evaluate import metrics
@@ -207,7 +207,7 @@ def test_checkpointing_saves_memory_and_changes_nothing(folder):
     assert loss == loss_ and all(map(torch.equal, plain, again))
     assert after < before / 4
     assert not deep.model.training
-    turn, = generate(deep, [question(deep, split("test", 1)[0])], 4)
+    [turn], _ = answer(deep, [question(deep, split("test", 1)[0])], max_tokens=4)
     assert len(turn.ids) == 4
 
 
