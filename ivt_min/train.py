@@ -21,7 +21,7 @@ from transformers.utils import logging
 from filelock import FileLock, Timeout
 from .core import (append_jsonl, data_path, read_json, replace_file, settings_hash,
                           write_json, write_jsonl)
-from .model import (SAVED, adapter_weights, add_adapter, check_whole, folder_hash, folder_of,
+from .model import (SAVED, adapter_weights, add_adapter, folder_hash, folder_of,
                            signature)
 
 # %% ../nbs/10_train.ipynb #8c33d9d3
@@ -296,9 +296,12 @@ def save_adapter(
     loop,       # Loop of its rows
     run='',     # name of the run that made it
     base=None,  # adapter that was merged before; by default the model itself
-):              # nothing; raises ValueError where it is not finite, and nothing loads the folder
+):              # nothing; raises ValueError where it is not finite
     "Write an adapter as a plain PEFT folder in bf16; beside it lies all that it was taught with."
     folder = Path(folder)
+    weights = {key: v.bfloat16() for key, v in adapter_weights(vlm, name).items()}
+    for key, v in weights.items():
+        if not v.isfinite().all(): raise ValueError(f'{key} is not finite')
     base = base or vlm.model.name_or_path
     if Path(base).is_dir(): base = str(Path(base).resolve())
     if base == str(data_path('tiny').resolve()): base = None
@@ -310,9 +313,7 @@ def save_adapter(
                 nf4=getattr(vlm.model, 'is_loaded_in_4bit', False),
                 attention=vlm.model.config._attn_implementation)
     write_json(folder/'ivt.json', dict(told, sha256='unfinished'))  # until all is there
-    weights = {key: v.bfloat16() for key, v in adapter_weights(vlm, name).items()}
     replace_file(folder/SAVED, safe.save(weights, metadata=dict(format='pt')))
-    check_whole(folder)
     config = vlm.model.peft_config[name].to_dict() | dict(
         base_model_name_or_path=base or 'tiny', inference_mode=True)
     write_json(folder/'adapter_config.json', config)
