@@ -129,7 +129,8 @@ def ask(
 
 def audit(args):        # of the command line
     "Say whether a loop gains without labels: of a run, of any program's answers, or of a model."
-    runpy.run_path(str(data_path().parent/'nbs/audit.py'))['main'](args)
+    kit = runpy.run_path(str(data_path().parent/'nbs/audit.py'))
+    kit['main'](args, ask, kept_in, writable)
 
 def reproduce(args):    # of the command line
     "Make the stored runs again, from the shipped base; what that costs is said before."
@@ -146,7 +147,7 @@ def whole(least):   # number
     return number
 
 def writable(path):     # file
-    "The path, once it is sure that a picture or a page can be written there; ValueError or OSError."
+    "The path, once it is sure that a picture or page can be written there; ValueError, OSError."
     from .render import format_of
     path = Path(path)
     if path.suffix != '.html': format_of(path)
@@ -167,7 +168,8 @@ OPTIONS = {     # of any command
     '--data': dict(help='rows that a --model is asked; by default the benchmark'),
     '--truth': dict(help='rows that have the true boxes, with --layout; by default RUN has them'),
     '--val': dict(help='rows of the same form that choose the label-free rule'),
-    '--baseline': dict(action='append', default=[], help='answers with as much compute; may come again'),
+    '--baseline': dict(action='append', default=[],
+                       help='answers with as much compute; may come again'),
     '--mode': dict(default='rel1000', choices=('rel1000', 'rel1', 'abs'),
                    help='unit of the answers: permille, fractions, or px'),
     '--truth-mode': dict(choices=('rel1000', 'rel1', 'abs'),

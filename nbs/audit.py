@@ -30,7 +30,8 @@ def _read_box(answer, mode, size):
     _must(found.raw or text in (answer, 'null'), f'box {text:.60}: not four numbers')
     return found
 
-def _size(x): return [x.meta.get(side) or 0 for side in _SIZE]  # of a sample's picture, px, 0 unknown
+def _size(x):   # of a sample's picture, px, 0 unknown
+    return [x.meta.get(side) or 0 for side in _SIZE]
 
 def _asked(row, name, mode, images):
     "The sample that a row of answers tells of itself; `truth` in its meta: the numbers as written."
@@ -169,7 +170,8 @@ def audit(
     free, rule = label_free(test, val)
     controls = dict(controls or {})
     if any('single' in x.meta for x in samples):
-        controls['single'] = [replace(t, boxes=[x.meta.get('single')]) for t, x in zip(free, samples)]
+        controls['single'] = [replace(t, boxes=[x.meta.get('single')])
+                              for t, x in zip(free, samples)]
     gain = ious(free) - ious(test)
     parts = [[t.source for t in test], [*map(target_size, test)]]
     rows = [*columns(name, test, val), *dynamics(name, test),
@@ -206,7 +208,8 @@ def write_page(
     "Write an audit as a page that needs nothing else: no network, no other file."
     page = data_path('audit.html').read_text('utf-8')
     lessons = os.path.relpath(data_path().parent/'nbs', Path(path).parent)
-    data = _dumps(dict(found, lessons=lessons)).replace('<', '\\u003c')    # no text ends the script
+    # no text can end the script that holds it
+    data = _dumps(dict(found, lessons=lessons)).replace('<', '\\u003c')
     replace_file(path, page.replace('"FOUND"', data).encode())
 
 def answers(
@@ -234,9 +237,13 @@ def summary(found):     # dict of `audit`; text
     parts = found['verdict'], table(values), table(compared, metrics), '\n'.join(said)
     return '\n\n'.join(map(str, filter(str, parts)))
 
-def main(args):     # of the command line: of `ivt_min audit` or `ivt_min gallery`
+def main(
+    args,       # of the command line: of `ivt_min audit` or `ivt_min gallery`
+    ask,        # the command's function that asks a model
+    kept_in,    # its function that names the folder of the answers
+    writable,   # its function that refuses a file that cannot be written
+):              # nothing
     "Read or ask, audit, print, and write the page."
-    from ivt_min.cli import ask, kept_in, writable
     if not (args.run or args.model): raise ValueError('a RUN, or a --model that is asked')
     page = writable(args.out or f'ivt_min_{args.command}.html')
     run = Path(args.run or kept_in(args))

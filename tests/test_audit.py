@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivt_min.audit import audit, gallery, in_words, read_answers, write_page
 from ivt_min.boxes import iou, to_pixels
 from ivt_min.columns import label_free, single
 from ivt_min.core import Sample, Trajectory, data_path, read_json, read_jsonl, write_json, write_jsonl
@@ -21,6 +21,9 @@ from ivt_min.evaluate import ious, read_run
 from ivt_min.evidence import placebo, power, reliability, risk_coverage
 from ivt_min.scenes import split
 from test_command import ROOT, run
+
+sys.path.insert(0, str(ROOT / "nbs"))
+from audit import audit, gallery, in_words, read_answers, write_page    # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RUNS = "naive", "verdict", "sft_paper-s1", "grpo_paper-s1", "naive_copy"
@@ -37,6 +40,13 @@ def read(name, samples=None, part="test"):
 def row(k=0, **more):
     return dict(id=f"q{k}", expression="the cup", truth=[100, 100, 300, 300],
                 boxes=[[100, 100, 300, 250], [100, 100, 300, 300]]) | more
+
+
+def test_the_kit_is_what_its_notebook_says():
+    cells = ["".join(c["source"]) for c in json.loads((ROOT/"nbs/23_audit.ipynb").read_text("utf-8"))["cells"]]
+    kit = [cell.removeprefix("#| kit\n") for cell in cells if cell.startswith("#| kit\n")]
+    text = (ROOT/"nbs/audit.py").read_text("utf-8")
+    assert len(kit) > 10 and text.endswith("\n\n".join(kit) + "\n") and len(text.split('"""')) == 1
 
 
 # ---- the figures
