@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 'LAYOUTS', 'true_box', 'coco_id', 'Layout',
-           'read_rows', 'scan', 'missed', 'write_rows']
+           'read_rows', 'scan', 'missed']
 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
-from .boxes import to_permille, to_pixels
-from .core import (Sample, Trajectory, read_json, read_jsonl, replace_file, unique,
-                          write_jsonl)
+from .boxes import to_permille
+from .core import Sample, Trajectory, read_json, read_jsonl, unique
 from .render import open_image
 
 # %% ../nbs/20_datasets.ipynb #da7a0004
@@ -222,23 +221,3 @@ def missed(
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)
-
-# %% ../nbs/20_datasets.ipynb #da7a0034
-def write_rows(
-    path,       # JSONL file, above the pictures
-    samples,    # list of Sample as `read_rows` gives them; pictures are files or bytes
-):              # nothing; raises ValueError that names the sample
-    "Write samples as rows of one's own; picture, truth, words and source can be read again."
-    folder = Path(path).parent
-    rows = []
-    for x in samples:
-        file = x.image
-        if type(file) is bytes:
-            file = folder/'pictures'/x.source/Path(x.meta['file_name']).name
-            replace_file(file, x.image)
-        image = os.path.relpath(file, folder)
-        _must(not image.startswith('..'), f'{x.id}: {file} is not below {folder}')
-        size = {side: x.meta[side] for side in _SIZE}
-        rows.append(dict(id=x.id, source=x.source, image=image, expression=x.expression,
-                         box=to_pixels(x.truth, **size), **size))
-    write_jsonl(path, rows)
