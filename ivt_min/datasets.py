@@ -8,25 +8,16 @@ __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 
 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+import numpy as np
 from PIL import Image
 from .boxes import to_permille
-from .core import Sample, Trajectory, read_json, read_jsonl, unique
+from .core import (Sample, Trajectory, _at, _floats, _must, read_json, read_jsonl,
+                          unique)
 from .render import open_image
 
 # %% ../nbs/20_datasets.ipynb #da7a0004
-def _must(fine, what):
-    if not fine: raise ValueError(what)
-
-@contextmanager
-def _at(where):
-    "What goes wrong inside begins with `where`."
-    try: yield
-    except (ValueError, TypeError, LookupError, RecursionError) as e:
-        raise ValueError(f'{where}: {e}') from None
-
 def _text(value):
     fine = type(value) is str and value.strip() and len(value) <= 2000
     _must(fine, 'not a text of 1 to 2,000 characters')
@@ -65,18 +56,15 @@ def true_box(
     convention,     # 'xyxy px' or 'xywh px'
 ):                  # ((x0, y0, x1, y1) in permille, whether a rim of at most 1 px was cut off)
     "A box of a data set in permille; raises ValueError where it is none of that convention."
-    numbers = isinstance(box, (list, tuple)) and {*map(type, box)} <= {int, float}
-    _must(numbers and len(box) == 4 and all(abs(v) < 1e9 for v in box), 'not four finite numbers')
-    x0, y0, x1, y1 = box
-    left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
-    given = (x0, y0, x1 + left, y1 + top)
-    inside = tuple(min(max(v, 0), side) for v, side in zip(given, (width, height) * 2))
-    rim = max(abs(a - b) for a, b in zip(inside, given))
-    side = min(inside[2] - inside[0], inside[3] - inside[1])
+    given = np.array(_floats(box or (), 4))
+    given[2:] += {'xyxy px': 0, 'xywh px': given[:2]}[convention]
+    inside = np.clip(given, 0, [width, height] * 2)
+    rim = abs(inside - given).max()
+    side = min(inside[2:] - inside[:2])
     here = f'as {convention} in a picture of {width} x {height}'
     _must(rim <= 1, f'leaves the picture, {here}')
     _must(side >= .99, f'reversed or under 1 px, {here}')
-    return to_permille(inside, width, height), inside != given
+    return to_permille(inside.tolist(), width, height), bool(rim)
 
 # %% ../nbs/20_datasets.ipynb #d43ea6be
 def coco_id(file_name):    # None where the name is not one of COCO's
