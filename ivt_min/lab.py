@@ -104,14 +104,11 @@ def _second(vlm, loop, asked):
     dialogues = [shown(vlm, loop, *one) for one in asked]
     if isinstance(loop, Views):
         yes, no = loop.verdict
-        texts = [yes if odds > 0 else no for odds in judge(vlm, loop, dialogues)]
-    else:
-        turns, _ = answer(vlm, dialogues, None, loop.max_tokens, until=closed)
-        texts = [turn.text for turn in turns]
-    pairs = [(format_box(said), text) for (_, _, said), text in zip(asked, texts)]
-    return [Episode(x, None, (x.id,), tuple(Turn((), (), text) for text in pair),
-                    tuple(parse_box(text).box for text in pair))
-            for (x, _, _), pair in zip(asked, pairs)]
+        turns = [Turn((), (), yes if odds > 0 else no) for odds in judge(vlm, loop, dialogues)]
+    else: turns, _ = answer(vlm, dialogues, None, loop.max_tokens, until=closed)
+    told = [Turn((), (), format_box(said)) for _, _, said in asked]
+    return [Episode(x, None, (), pair, tuple(parse_box(turn.text).box for turn in pair))
+            for (x, _, _), pair in zip(asked, zip(told, turns))]
 
 # %% ../nbs/lab/30_lab.ipynb #4a79ce33
 def keep_swaps(
@@ -125,17 +122,14 @@ def keep_swaps(
     "How often what a model says next is on the truth, on what is drawn, on what it said before."
     asked = [(x, t.boxes[0]) for x, t in zip(samples, done) if t.boxes[0]]
     given = {x.id: _swaps(x, own, samples[k:] + samples[:k]) for k, (x, own) in enumerate(asked)}
-    right = hits([iou(own, x.truth) for x, own in asked], .5)
-    was = ['first right' if fine else 'first wrong' for fine in right]
+    was = ['first right' if hits(iou(own, x.truth), .5) else 'first wrong' for x, own in asked]
     rows = []
     for way in next(iter(given.values()), ()):
         def ask(part): return _second(vlm, loop, [(x, *given[x.id][way]) for x in part])
-        path = folder/'swaps'/f'{way}.jsonl'
-        found = ask_all(ask, [x for x, _ in asked], path, 1, batch)
-        drawn = [given[t.id][way][0] for t in found]
+        found = ask_all(ask, [x for x, _ in asked], folder/f'swaps/{way}.jsonl', 1, batch)
         shares = dict(
             truth=hits(ious(found, 1), .5),
-            drawn=hits([iou(t.boxes[1], box) for t, box in zip(found, drawn)], .5),
+            drawn=hits([iou(t.boxes[1], given[t.id][way][0]) for t in found], .5),
             said=hits([iou(*t.boxes) for t in found], .5))
         if isinstance(loop, Views):
             shares = dict(yes=np.array([t.texts[1] == loop.verdict[0] for t in found]))
