@@ -150,14 +150,13 @@ def per_sample(trajectories):  # n of T+1 >= 2 boxes, else ValueError; name -> (
     degrade = ~hits(last - first, -.01)
     improve = hits(last - first, .01, strict=True)
     easy = hits(first, .5)
+    def only(chosen, score): return np.where(chosen, score, np.nan)
     values = dict(
         D=np.maximum(0, -step).mean(0), signed=step.mean(0),
         degrade=degrade, stagnate=~degrade & ~improve, improve=improve,
         copies=hits(before, .99, strict=True).mean(1),
-        hard_first=np.where(easy, np.nan, first),
-        hard_last=np.where(easy, np.nan, last),
-        easy_first=np.where(easy, first, np.nan),
-        easy_last=np.where(easy, last, np.nan))
+        hard_first=only(~easy, first), hard_last=only(~easy, last),
+        easy_first=only(easy, first), easy_last=only(easy, last))
     return values | {f'miou_step{t}': u for t, u in enumerate(score)}
 
 # %% ../nbs/08_columns.ipynb #be28497b
@@ -215,7 +214,6 @@ def compare(
 def holm(ps):   # list of m p-values
     "The same, corrected for their number, in their order."
     order = np.argsort(ps)      # the order of equals makes no difference
-    corrected = np.empty(len(ps))
     grown = np.take(ps, order) * np.arange(len(ps), 0, -1)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(grown))
-    return corrected.tolist()
+    corrected = np.minimum(1, np.maximum.accumulate(grown))
+    return corrected[np.argsort(order)].tolist()

@@ -192,9 +192,9 @@ def scan(
         key = id(x.image) if isinstance(x.image, Image.Image) else x.image  # a path, or bytes
         try:
             if key not in sizes: sizes[key] = open_image(x.image).size
-            w, h = sizes[key]
-            said = (x.meta.get('width', w), x.meta.get('height', h))
-            _must(said == (w, h), f'{w} x {h} px, but {said[0]} x {said[1]} in its row')
+            size = sizes[key]
+            said = tuple(map(x.meta.get, _SIZE, size))      # in the row, where it says so
+            _must(said == size, f'{size[0]} x {size[1]} px, but {said[0]} x {said[1]} in its row')
         except ValueError as e: reasons[x.id] = str(e)
     some = '\n'.join(f'{name}: {why}' for name, why in list(reasons.items())[:9])
     _must(skip or not reasons, f'{len(reasons)} of {len(samples)} samples are unusable:\n{some}')

@@ -33,8 +33,7 @@ def _claim(folder, vlm, loop, splits):
 def _kept(path):
     "What is kept of an unfinished file, by id; a torn line is left out."
     parts = path.parent.glob(f'{path.stem}.part[0-9]*-[0-9]*')
-    lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
-    rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
+    rows = [json.loads(line) for part in parts for line in part.read_bytes().split(b'\n')[:-1]]
     return {row['id']: row for row in rows}
 
 # %% ../nbs/lab/30_lab.ipynb #5b0466c4
@@ -51,10 +50,8 @@ def _ask(ask, samples, path, steps, batch):
         part = samples[k:k + batch]
         if all(x.id in known for x in part): continue
         usable = [x for x in part if x.id not in reasons]
-        found = {e.sample.id: record(e) for e in ask(usable)}
-        for x in part:
-            one = found.get(x.id) or missed(x, reasons[x.id], steps + 1)
-            append_jsonl(mine, to_row(one))
+        lost = [missed(x, reasons[x.id], steps + 1) for x in part if x.id in reasons]
+        for t in (*map(record, ask(usable)), *lost): append_jsonl(mine, to_row(t))
 
 # %% ../nbs/lab/30_lab.ipynb #624c4f89
 def ask_all(
