@@ -205,9 +205,9 @@ def compare(
     rows = []
     for percent in (50, 70, 90):
         u, v = hits(before, percent / 100), hits(after, percent / 100)
-        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()), losses=int((u > v).sum()))
         row = result_row(run, column, f'd_acc{percent}', v * 1. - u, seed)
-        rows.append(row | exact)
+        rows.append(dict(row, p=mcnemar(u, v), wins=int((v > u).sum()),
+                         losses=int((u > v).sum())))
     return [*rows, result_row(run, column, 'd_miou', after - before, seed)]
 
 # %% ../nbs/08_columns.ipynb #12d109db

@@ -165,9 +165,9 @@ def read_jsonl(path):  # file
     with unpack(path, 'rb') as f:
         while line := f.readline(_LONGEST + 1):
             n += 1
-            if not line.strip(): continue
             with _at(f'{path}, line {n}'):
                 _must(len(line) <= _LONGEST, 'over 10 MB')
+                if not line.strip(): continue
                 row = _loads(line)
                 _must(type(row) is dict, 'not a dict')
             rows.append(row)
