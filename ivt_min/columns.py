@@ -10,10 +10,10 @@ __all__ = ['RULES', 'COLUMNS', 'pick', 'oracle', 'single', 'choose_rule', 'label
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import chain, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 import numpy as np
 from .boxes import iou
-from .core import rng, unique
+from .core import _must, rng, unique
 from .evaluate import (bootstrap, check_answers, hits, ious, metrics, part_rows,
                               result_row, table)
 
@@ -36,8 +36,8 @@ def _mean(boxes, confidences): return tuple(np.mean(_read(boxes), 0).tolist())
 # %% ../nbs/08_columns.ipynb #c4f30163
 def _agree(threshold):
     def rule(boxes, confidences):
-        found = [b for a, b in pairwise(boxes) if hits(iou(a, b), threshold)]
-        return found[0] if found else _held(boxes, confidences)
+        agreed = (b for a, b in pairwise(boxes) if hits(iou(a, b), threshold))
+        return next(agreed, _held(boxes, confidences))
     return rule
 
 def _medoid(boxes, confidences):
@@ -59,7 +59,7 @@ def pick(
 ):          # a box, permille, or None
     "The box that a rule takes from a trajectory, without a look at the truth."
     if rule == 'kept': return t.boxes[t.kept or 0]
-    if rule not in RULES: raise ValueError(f'no rule {rule!r}: choose from {", ".join(RULES)}')
+    _must(rule in RULES, f'no rule {rule!r}: choose from {", ".join(RULES)}')
     return RULES[rule](t.boxes, t.confidences) if _read(t.boxes) else None
 
 # %% ../nbs/08_columns.ipynb #2fbe946f
@@ -73,25 +73,20 @@ def single(
     choice,         # 'step 0', 'oracle' or one of RULES
 ):                  # list of Trajectory
     "The trajectories with one box each, the one that is chosen."
-    rule = 'first' if choice == 'step 0' else choice
-    def chosen(t): return oracle(t) if choice == 'oracle' else pick(t, rule)
+    def chosen(t):
+        if choice == 'oracle': return oracle(t)
+        return pick(t, 'first' if choice == 'step 0' else choice)
     return [replace(t, boxes=[chosen(t)], confidences=[],
                     texts=[], notes=[]) for t in trajectories]
 
 # %% ../nbs/08_columns.ipynb #055560f9
 def choose_rule(val):  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals. ValueError where there is nothing."
-    if not val: raise ValueError('no validation run that could choose a rule')
+    _must(val, 'no validation run that could choose a rule')
     def miou(rule): return round(float(ious(single(val, rule)).mean()), 9)
     return max(RULES, key=miou)
 
 # %% ../nbs/08_columns.ipynb #60868679
-def _crossfit(test):
-    "Of each of five parts the boxes by the rule that the other four choose; the rules."
-    parts = [int(rng('part', t.id).integers(5)) for t in test]
-    rules = [choose_rule([t for t, part in zip(test, parts) if part != k]) for k in range(5)]
-    return [*chain(*(single([t], rules[part]) for t, part in zip(test, parts)))], rules
-
 def label_free(
     test,       # list of Trajectory: those that are judged
     val=None,   # list of Trajectory: those that choose the rule; by default cross-fitted
@@ -99,8 +94,10 @@ def label_free(
 ):              # list of Trajectory with one box each; the rule in words
     "The box of each sample that is chosen without its label."
     if {t.kept for t in test} - {None}: rule = 'kept'
-    if rule is None and val is None:
-        free, rules = _crossfit(test)
+    if rule is None and val is None:    # a rule for each of five parts, by the other four
+        parts = [int(rng('part', t.id).integers(5)) for t in test]
+        rules = [choose_rule([t for t, part in zip(test, parts) if part != k]) for k in range(5)]
+        free = [single([t], rules[part])[0] for t, part in zip(test, parts)]
         return free, f'cross-fitted: {", ".join(sorted(set(rules)))}'
     rule = rule or choose_rule(val)
     return single(test, rule), rule
@@ -122,9 +119,9 @@ def columns(
     rows = []
     for column in COLUMNS:
         chosen = free if column == 'label-free' else single(test, column)
-        found = metrics(run, chosen, 0, column, seed)
-        if column == 'label-free': found = [dict(row, rule=rule) for row in found]
-        rows += found
+        rows += metrics(run, chosen, 0, column, seed)
+    for row in rows:
+        if row['column'] == 'label-free': row['rule'] = rule
     return rows
 
 # %% ../nbs/08_columns.ipynb #356f856d
@@ -144,7 +141,7 @@ def four_columns(
 def per_sample(trajectories):  # n of T+1 >= 2 boxes, else ValueError; name -> (n,)
     "What happens to each sample on its way; NaN where it does not apply."
     counts = {len(t.boxes) for t in trajectories}
-    if len(counts) != 1 or counts == {1}: raise ValueError(f'{sorted(counts)} boxes a trajectory')
+    _must(len(counts) == 1 and counts != {1}, f'{sorted(counts)} boxes a trajectory')
     [n] = counts
     score = np.array([ious(trajectories, t) for t in range(n)])                 # (T+1, n)
     before = [[iou(a, b) for a, b in pairwise(t.boxes)] for t in trajectories]  # (n, T)
@@ -153,14 +150,13 @@ def per_sample(trajectories):  # n of T+1 >= 2 boxes, else ValueError; name -> (
     degrade = ~hits(last - first, -.01)
     improve = hits(last - first, .01, strict=True)
     easy = hits(first, .5)
+    def only(chosen, score): return np.where(chosen, score, np.nan)
     values = dict(
         D=np.maximum(0, -step).mean(0), signed=step.mean(0),
         degrade=degrade, stagnate=~degrade & ~improve, improve=improve,
         copies=hits(before, .99, strict=True).mean(1),
-        hard_first=np.where(easy, np.nan, first),
-        hard_last=np.where(easy, np.nan, last),
-        easy_first=np.where(easy, first, np.nan),
-        easy_last=np.where(easy, last, np.nan))
+        hard_first=only(~easy, first), hard_last=only(~easy, last),
+        easy_first=only(easy, first), easy_last=only(easy, last))
     return values | {f'miou_step{t}': u for t, u in enumerate(score)}
 
 # %% ../nbs/08_columns.ipynb #be28497b
@@ -170,8 +166,8 @@ def dynamics(
     seed=0,         # of the bootstrap
 ):                  # list of dicts as of `metrics`
     "Means of `per_sample`, column 'dynamics', over all samples and for each source that has any."
-    sources = [t.source for t in trajectories]
-    return part_rows(run, 'dynamics', per_sample(trajectories), [sources], seed)
+    labels = [[t.source for t in trajectories]]
+    return part_rows(run, 'dynamics', per_sample(trajectories), labels, seed)
 
 # %% ../nbs/08_columns.ipynb #65d16a6a
 def paired(
@@ -180,7 +176,7 @@ def paired(
     seed=0, # of the bootstrap
 ):          # mean, low, high
     "The mean of new - old with its 95 % bootstrap interval over samples."
-    if np.shape(old) != np.shape(new): raise ValueError(f'{len(old)} values against {len(new)}')
+    _must(np.shape(old) == np.shape(new), f'{len(old)} values against {len(new)}')
     return bootstrap(np.subtract(new, old, dtype=float), seed)
 
 # %% ../nbs/08_columns.ipynb #3ff90a45
@@ -209,16 +205,15 @@ def compare(
     rows = []
     for percent in (50, 70, 90):
         u, v = hits(before, percent / 100), hits(after, percent / 100)
-        exact = dict(p=mcnemar(u, v), wins=int((v > u).sum()), losses=int((u > v).sum()))
         row = result_row(run, column, f'd_acc{percent}', v * 1. - u, seed)
-        rows.append(row | exact)
+        rows.append(dict(row, p=mcnemar(u, v), wins=int((v > u).sum()),
+                         losses=int((u > v).sum())))
     return [*rows, result_row(run, column, 'd_miou', after - before, seed)]
 
 # %% ../nbs/08_columns.ipynb #12d109db
 def holm(ps):   # list of m p-values
     "The same, corrected for their number, in their order."
-    order = np.argsort(ps, kind='stable')
-    corrected = np.empty(len(ps))
+    order = np.argsort(ps)      # the order of equals makes no difference
     grown = np.take(ps, order) * np.arange(len(ps), 0, -1)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(grown))
-    return corrected.tolist()
+    corrected = np.minimum(1, np.maximum.accumulate(grown))
+    return corrected[np.argsort(order)].tolist()

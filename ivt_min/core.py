@@ -8,8 +8,10 @@ __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'replace_f
 
 # %% ../nbs/00_core.ipynb #b1a262c7
 import gzip, hashlib, json, os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 import numpy as np
 
@@ -23,6 +25,17 @@ class Sample:
     truth: tuple                               # box (x0, y0, x1, y1), permille
     image: object                              # PIL image, its bytes, or a path
     meta: dict = field(default_factory=dict)   # facts for the analysis, JSON-able
+
+# %% ../nbs/00_core.ipynb #0cb681f8
+def _must(fine, what):
+    if not fine: raise ValueError(what)
+
+@contextmanager
+def _at(where):
+    "What goes wrong inside begins with `where`."
+    try: yield
+    except (ValueError, TypeError, LookupError, RecursionError) as e:
+        raise ValueError(f'{where}: {e}') from None
 
 # %% ../nbs/00_core.ipynb #b89dabae
 @dataclass(frozen=True)
@@ -42,9 +55,10 @@ class Trajectory:
 # %% ../nbs/00_core.ipynb #504a2305
 def _floats(values, n):
     "The values as `n` finite floats; raises ValueError on others."
-    if len(values) != n or any(type(v) is bool or not abs(v) < 1e9 for v in values):
-        raise ValueError(f'{n} finite numbers expected, not {values!r:.99}')
-    return tuple(float(v) for v in values)
+    finite = [float(v) for v in values
+              if isinstance(v, Real) and type(v) is not bool and abs(v) < 1e9]
+    _must(n == len(finite) == len(values), f'not {n} finite numbers: {values!r:.99}')
+    return tuple(finite)
 
 def to_row(t):  # a Trajectory
     "A trajectory as a dict for JSON; raises ValueError where it is malformed."
@@ -72,8 +86,7 @@ def data_path(name=''):  # path below `data/`, '' for the folder; need not exist
     "Where `name` of the project's data lies; raises ValueError where it would leave the folder."
     package = Path(find_spec('ivt_min').submodule_search_locations[0]).resolve()
     root = package/'data' if (package/'data').is_dir() else package.parent/'data'
-    if not (root/name).resolve().is_relative_to(root.resolve()):
-        raise ValueError(f'{name!r} leaves {root}')
+    _must((root/name).resolve().is_relative_to(root.resolve()), f'{name!r} leaves {root}')
     return root/name
 
 # %% ../nbs/00_core.ipynb #bde8894a
@@ -114,14 +127,13 @@ def write_json(
     replace_file(path, _line(obj, indent=1))
 
 # %% ../nbs/00_core.ipynb #5ffd76b9
-def _loads(data, where):
-    "The JSON in bytes; what is wrong with it begins with `where`."
-    try: return json.loads(data.decode('utf-8-sig'), parse_constant=int)  # int() refuses NaN
-    except (ValueError, RecursionError) as e: raise ValueError(f'{where}: {e}') from None
+def _loads(data):
+    "The JSON in bytes."
+    return json.loads(data.decode('utf-8-sig'), parse_constant=int)     # int() refuses NaN
 
 def read_json(path):  # file
     "What a JSON file holds; raises ValueError that names it."
-    return _loads(Path(path).read_bytes(), path)
+    with _at(path): return _loads(Path(path).read_bytes())
 
 # %% ../nbs/00_core.ipynb #3995e8ed
 def write_jsonl(
@@ -153,11 +165,11 @@ def read_jsonl(path):  # file
     with unpack(path, 'rb') as f:
         while line := f.readline(_LONGEST + 1):
             n += 1
-            where = f'{path}, line {n}'
-            if len(line) > _LONGEST: raise ValueError(f'{where}: over 10 MB')
-            if not line.strip(): continue
-            row = _loads(line, where)
-            if type(row) is not dict: raise ValueError(f'{where}: not a dict')
+            with _at(f'{path}, line {n}'):
+                _must(len(line) <= _LONGEST, 'over 10 MB')
+                if not line.strip(): continue
+                row = _loads(line)
+                _must(type(row) is dict, 'not a dict')
             rows.append(row)
     return rows
 

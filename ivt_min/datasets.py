@@ -4,30 +4,20 @@
 
 # %% auto #0
 __all__ = ['OWN', 'REF_ADV_S', 'REF_L4', 'REFCOCOG_LMMS', 'VLM_R1', 'REFCOCOG', 'LAYOUTS', 'true_box', 'coco_id', 'Layout',
-           'read_rows', 'scan', 'missed', 'write_rows']
+           'read_rows', 'scan', 'missed']
 
 # %% ../nbs/20_datasets.ipynb #da7a0002
 import json, os, re, reprlib
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+import numpy as np
 from PIL import Image
-from .boxes import to_permille, to_pixels
-from .core import (Sample, Trajectory, read_json, read_jsonl, replace_file, unique,
-                          write_jsonl)
+from .boxes import to_permille
+from .core import (Sample, Trajectory, _at, _floats, _must, read_json, read_jsonl,
+                          unique)
 from .render import open_image
 
 # %% ../nbs/20_datasets.ipynb #da7a0004
-def _must(fine, what):
-    if not fine: raise ValueError(what)
-
-@contextmanager
-def _at(where):
-    "What goes wrong inside begins with `where`."
-    try: yield
-    except (ValueError, TypeError, LookupError, RecursionError) as e:
-        raise ValueError(f'{where}: {e}') from None
-
 def _text(value):
     fine = type(value) is str and value.strip() and len(value) <= 2000
     _must(fine, 'not a text of 1 to 2,000 characters')
@@ -66,18 +56,15 @@ def true_box(
     convention,     # 'xyxy px' or 'xywh px'
 ):                  # ((x0, y0, x1, y1) in permille, whether a rim of at most 1 px was cut off)
     "A box of a data set in permille; raises ValueError where it is none of that convention."
-    numbers = isinstance(box, (list, tuple)) and {*map(type, box)} <= {int, float}
-    _must(numbers and len(box) == 4 and all(abs(v) < 1e9 for v in box), 'not four finite numbers')
-    x0, y0, x1, y1 = box
-    left, top = {'xyxy px': (0, 0), 'xywh px': (x0, y0)}[convention]
-    given = (x0, y0, x1 + left, y1 + top)
-    inside = tuple(min(max(v, 0), side) for v, side in zip(given, (width, height) * 2))
-    rim = max(abs(a - b) for a, b in zip(inside, given))
-    side = min(inside[2] - inside[0], inside[3] - inside[1])
+    given = np.array(_floats(box or (), 4))
+    given[2:] += {'xyxy px': 0, 'xywh px': given[:2]}[convention]
+    inside = np.clip(given, 0, [width, height] * 2)
+    rim = abs(inside - given).max()
+    side = min(inside[2:] - inside[:2])
     here = f'as {convention} in a picture of {width} x {height}'
     _must(rim <= 1, f'leaves the picture, {here}')
     _must(side >= .99, f'reversed or under 1 px, {here}')
-    return to_permille(inside, width, height), inside != given
+    return to_permille(inside.tolist(), width, height), bool(rim)
 
 # %% ../nbs/20_datasets.ipynb #d43ea6be
 def coco_id(file_name):    # None where the name is not one of COCO's
@@ -205,9 +192,9 @@ def scan(
         key = id(x.image) if isinstance(x.image, Image.Image) else x.image  # a path, or bytes
         try:
             if key not in sizes: sizes[key] = open_image(x.image).size
-            w, h = sizes[key]
-            said = (x.meta.get('width', w), x.meta.get('height', h))
-            _must(said == (w, h), f'{w} x {h} px, but {said[0]} x {said[1]} in its row')
+            size = sizes[key]
+            said = tuple(map(x.meta.get, _SIZE, size))      # in the row, where it says so
+            _must(said == size, f'{size[0]} x {size[1]} px, but {said[0]} x {said[1]} in its row')
         except ValueError as e: reasons[x.id] = str(e)
     some = '\n'.join(f'{name}: {why}' for name, why in list(reasons.items())[:9])
     _must(skip or not reasons, f'{len(reasons)} of {len(samples)} samples are unusable:\n{some}')
@@ -222,23 +209,3 @@ def missed(
     "The trajectory of a sample that was skipped: no box at any step, so its IoU is 0."
     return Trajectory(sample.id, sample.source, sample.expression, sample.truth,
                       [None] * steps, [None] * steps, [''] * steps, [reason] * steps)
-
-# %% ../nbs/20_datasets.ipynb #da7a0034
-def write_rows(
-    path,       # JSONL file, above the pictures
-    samples,    # list of Sample as `read_rows` gives them; pictures are files or bytes
-):              # nothing; raises ValueError that names the sample
-    "Write samples as rows of one's own; picture, truth, words and source can be read again."
-    folder = Path(path).parent
-    rows = []
-    for x in samples:
-        file = x.image
-        if type(file) is bytes:
-            file = folder/'pictures'/x.source/Path(x.meta['file_name']).name
-            replace_file(file, x.image)
-        image = os.path.relpath(file, folder)
-        _must(not image.startswith('..'), f'{x.id}: {file} is not below {folder}')
-        size = {side: x.meta[side] for side in _SIZE}
-        rows.append(dict(id=x.id, source=x.source, image=image, expression=x.expression,
-                         box=to_pixels(x.truth, **size), **size))
-    write_jsonl(path, rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .boxes import area, iou, parse_box
-from .core import from_row, read_json, read_jsonl, rng, unique
+from .core import _at, _must, from_row, read_json, read_jsonl, rng, unique
 
 # %% ../nbs/07_evaluate.ipynb #f2aeb278
 def ious(
@@ -20,7 +20,7 @@ def ious(
 ):                  # (n,), fractions; raises ValueError without such a step
     "The IoU of a step's box with the truth, 0 where it has none."
     short = [t.id for t in trajectories if not -len(t.boxes) <= step < len(t.boxes)]
-    if short: raise ValueError(f'no step {step} in {", ".join(short[:3])}')
+    _must(not short, f'no step {step} in {", ".join(short[:3])}')
     return np.array([iou(t.boxes[step], t.truth) for t in trajectories])
 
 # %% ../nbs/07_evaluate.ipynb #42391ad2
@@ -42,7 +42,7 @@ def bootstrap(
     "The mean of `values` with its 95 % percentile interval over samples."
     values = np.sort(np.asarray(values, float))
     n = len(values)
-    if not n or not np.isfinite(values).all(): raise ValueError(f'{n} values, not all finite')
+    _must(n and np.isfinite(values).all(), f'{n} values, not all finite')
     chosen = rng('bootstrap', seed).integers(n, size=(n_boot, n))
     low, high = np.quantile(values[chosen].mean(1), (.025, .975)).tolist()
     return float(values.mean()), low, high
@@ -97,13 +97,12 @@ def metrics(
     seed=0,             # of the bootstrap
 ):                      # list of dicts as of `result_row`
     "The results of a run: over all samples, for each source, for each size of target."
-    if not trajectories: raise ValueError(f'{run}: no samples')
+    _must(trajectories, f'{run}: no samples')
     score = ious(trajectories, step)
     parsed = np.array([t.boxes[step] is not None for t in trajectories])
     values = hits(score, .5), hits(score, .7), hits(score, .9), score, parsed   # as METRICS
-    sources = [t.source for t in trajectories]
-    sizes = [target_size(t) for t in trajectories]
-    return part_rows(run, column, dict(zip(METRICS, values)), [sources, sizes], seed)
+    labels = [[t.source for t in trajectories], [target_size(t) for t in trajectories]]
+    return part_rows(run, column, dict(zip(METRICS, values)), labels, seed)
 
 # %% ../nbs/07_evaluate.ipynb #094a0245
 @dataclass(frozen=True)
@@ -149,20 +148,18 @@ def check_answers(
     steps=None, # refinements of the loop, T; by default as many as the first has
 ):              # nothing; raises ValueError that names the sample
     "Refuse answers that no loop can have given to these questions."
-    if len(done) != len(asked): raise ValueError(f'{len(done)} samples, not {len(asked)}')
+    _must(len(done) == len(asked), f'{len(done)} samples, not {len(asked)}')
     for t, s in zip(done, asked):
         n = len(done[0].boxes) if steps is None else steps + 1
         said = [parse_box(text).box for text in t.texts]
-        wrong = {
-            f'asked was {s.id}, {s.expression!r}, {s.truth}':
-                (t.id, t.expression, t.truth) != (s.id, s.expression, s.truth),
-            f'{len(t.boxes)} answers, not {n}': len(t.boxes) != n,
-            'a box that is none within 0 to 1000': any(
-                min(b) < 0 or max(b) > 1000 or not area(b) for b in t.boxes if b),
-            f'its texts say {said}, not {t.boxes}': said not in ([], t.boxes),
-            'a log-probability above 0': any((v or 0) > 0 for v in t.confidences)}
-        for what in wrong:
-            if wrong[what]: raise ValueError(f'{t.id}: {what}')
+        with _at(t.id):
+            _must((t.id, t.expression, t.truth) == (s.id, s.expression, s.truth),
+                  f'asked was {s.id}, {s.expression!r}, {s.truth}')
+            _must(len(t.boxes) == n, f'{len(t.boxes)} answers, not {n}')
+            _must(all(min(b) >= 0 and max(b) <= 1000 and area(b) for b in t.boxes if b),
+                  'a box that is none within 0 to 1000')
+            _must(said in ([], t.boxes), f'its texts say {said}, not {t.boxes}')
+            _must(all((v or 0) <= 0 for v in t.confidences), 'a log-probability above 0')
     unique(t.id for t in done)
     far = [v for t in done for box in t.boxes if box for v in box]
     if len(done) > 19 and far and 2 * max(far) < max(v for t in done for v in t.truth):
@@ -180,8 +177,7 @@ def read_run(
     if packed.exists(): path = packed
     config = Path(folder)/'config.json'
     loop = read_json(config).get('loop') if config.exists() else None
-    try:
+    with _at(path):
         done = [from_row(row) for row in read_jsonl(path)]
         check_answers(done, done if asked is None else asked, loop and loop['steps'])
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return done

@@ -33,8 +33,7 @@ def _claim(folder, vlm, loop, splits):
 def _kept(path):
     "What is kept of an unfinished file, by id; a torn line is left out."
     parts = path.parent.glob(f'{path.stem}.part[0-9]*-[0-9]*')
-    lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
-    rows = [json.loads(line) for line in lines if line.endswith(b'\n')]
+    rows = [json.loads(line) for part in parts for line in part.read_bytes().split(b'\n')[:-1]]
     return {row['id']: row for row in rows}
 
 # %% ../nbs/lab/30_lab.ipynb #5b0466c4
@@ -51,10 +50,8 @@ def _ask(ask, samples, path, steps, batch):
         part = samples[k:k + batch]
         if all(x.id in known for x in part): continue
         usable = [x for x in part if x.id not in reasons]
-        found = {e.sample.id: record(e) for e in ask(usable)}
-        for x in part:
-            one = found.get(x.id) or missed(x, reasons[x.id], steps + 1)
-            append_jsonl(mine, to_row(one))
+        lost = [missed(x, reasons[x.id], steps + 1) for x in part if x.id in reasons]
+        for t in (*map(record, ask(usable)), *lost): append_jsonl(mine, to_row(t))
 
 # %% ../nbs/lab/30_lab.ipynb #624c4f89
 def ask_all(
@@ -104,14 +101,11 @@ def _second(vlm, loop, asked):
     dialogues = [shown(vlm, loop, *one) for one in asked]
     if isinstance(loop, Views):
         yes, no = loop.verdict
-        texts = [yes if odds > 0 else no for odds in judge(vlm, loop, dialogues)]
-    else:
-        turns, _ = answer(vlm, dialogues, None, loop.max_tokens, until=closed)
-        texts = [turn.text for turn in turns]
-    pairs = [(format_box(said), text) for (_, _, said), text in zip(asked, texts)]
-    return [Episode(x, None, (x.id,), tuple(Turn((), (), text) for text in pair),
-                    tuple(parse_box(text).box for text in pair))
-            for (x, _, _), pair in zip(asked, pairs)]
+        turns = [Turn((), (), yes if odds > 0 else no) for odds in judge(vlm, loop, dialogues)]
+    else: turns, _ = answer(vlm, dialogues, None, loop.max_tokens, until=closed)
+    told = [Turn((), (), format_box(said)) for _, _, said in asked]
+    return [Episode(x, None, (), pair, tuple(parse_box(turn.text).box for turn in pair))
+            for (x, _, _), pair in zip(asked, zip(told, turns))]
 
 # %% ../nbs/lab/30_lab.ipynb #4a79ce33
 def keep_swaps(
@@ -125,17 +119,14 @@ def keep_swaps(
     "How often what a model says next is on the truth, on what is drawn, on what it said before."
     asked = [(x, t.boxes[0]) for x, t in zip(samples, done) if t.boxes[0]]
     given = {x.id: _swaps(x, own, samples[k:] + samples[:k]) for k, (x, own) in enumerate(asked)}
-    right = hits([iou(own, x.truth) for x, own in asked], .5)
-    was = ['first right' if fine else 'first wrong' for fine in right]
+    was = ['first right' if hits(iou(own, x.truth), .5) else 'first wrong' for x, own in asked]
     rows = []
     for way in next(iter(given.values()), ()):
         def ask(part): return _second(vlm, loop, [(x, *given[x.id][way]) for x in part])
-        path = folder/'swaps'/f'{way}.jsonl'
-        found = ask_all(ask, [x for x, _ in asked], path, 1, batch)
-        drawn = [given[t.id][way][0] for t in found]
+        found = ask_all(ask, [x for x, _ in asked], folder/f'swaps/{way}.jsonl', 1, batch)
         shares = dict(
             truth=hits(ious(found, 1), .5),
-            drawn=hits([iou(t.boxes[1], box) for t, box in zip(found, drawn)], .5),
+            drawn=hits([iou(t.boxes[1], given[t.id][way][0]) for t in found], .5),
             said=hits([iou(*t.boxes) for t in found], .5))
         if isinstance(loop, Views):
             shares = dict(yes=np.array([t.texts[1] == loop.verdict[0] for t in found]))

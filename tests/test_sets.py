@@ -1,5 +1,5 @@
 """The three sets and VLM-R1's files as they are published, on rows made up in their shape; the mix of sets;
-rows, answers and results that go out and come back."""
+rows that go out and come back; the figures of Ref-L4's own evaluator."""
 import io, json, math, subprocess, sys
 from collections import Counter
 from dataclasses import replace
@@ -9,19 +9,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from pyarrow import parquet
-from ivt_min.boxes import format_box, to_permille, to_pixels
-from ivt_min.core import Sample, Trajectory, read_json, read_jsonl, write_json, write_jsonl
+from ivt_min.boxes import to_permille, to_pixels
+from ivt_min.core import Sample, Trajectory, read_jsonl, write_json, write_jsonl
 from ivt_min.datasets import (
-    LAYOUTS, OWN, REF_ADV_S, REF_L4, REFCOCOG, REFCOCOG_LMMS, VLM_R1, export_coco, export_ref_l4,
-    import_predictions, read_rows, scan, write_rows)
+    LAYOUTS, OWN, REF_L4, REFCOCOG, REFCOCOG_LMMS, VLM_R1, read_rows, scan)
 from ivt_min.evaluate import hits, ious
 from test_project import ROOT, sources
 
 PAGE = {}   # what the page about scale does with the three sets
 for source in sources(ROOT/'nbs/lab/45_scale.ipynb'):
     if 'import Counter' in source or 'from ivt_min.core' in source or 'def picture_key' in source \
-            or 'def facts_of' in source or 'def mix(' in source: exec(source, PAGE)
-mix, picture_key = PAGE['mix'], PAGE['picture_key']
+            or 'def facts_of' in source or 'def mix(' in source or 'def write_rows(' in source: exec(source, PAGE)
+mix, picture_key, write_rows = PAGE['mix'], PAGE['picture_key'], PAGE['write_rows']
 
 LADY = [103.93, 299.99, 238.15, 477.41]     # COCO's box of annotation 1719310, as corners
 NAME = 'COCO_train2014_000000581857'
@@ -288,119 +287,27 @@ def test_written_rows_keep_bytes_and_refuse_what_lies_elsewhere(tmp_path):
     assert not (tmp_path/'below').exists()
 
 
-def asked(n, **changes):
-    return read_rows([L4_ROW | dict(id=k) | changes for k in range(n)], REF_L4, '.')
-
-
-def answers(samples, boxes, confidence=None):
-    return [Trajectory(x.id, x.source, x.expression, x.truth, [*b], [confidence] * len(b), [])
-            for x, b in zip(samples, boxes)]
-
-
 # a true box of 100 x 100 px; the guess keeps so many px of its width
 KEPT = [100, 99, 96, 95, 93, 91, 90, 87, 85, 82, 80, 77, 75, 71, 66, 60, 55, 50, 49, 20, None]
-# what the evaluation code of Ref-L4 (JierunChen/Ref-L4, ref_l4/evaluation.py) says of the exported file:
+# what the evaluation code of Ref-L4 (JierunChen/Ref-L4, ref_l4/evaluation.py) says of these rows and guesses in px:
 # its Acc@.5, .75, .9 and its mAcc, percent
 THEIRS = [80.9524, 57.1429, 28.5714, 55.2381]
 
 
-def test_figures_are_those_of_ref_l4s_evaluator(tmp_path):
+def test_figures_are_those_of_ref_l4s_evaluator():
     rows, boxes = [], []
     for k, kept in enumerate(KEPT):
         w, h, x, y = 640 + 16 * k, 480 + 8 * k, 3 * k, 2 * k
         rows.append(L4_ROW | dict(id=100 + k, bbox=[x, y, 100., 100.], width=w, height=h))
-        boxes.append([kept and to_permille((x, y, x + kept, y + 100), w, h)])
+        boxes.append(kept and to_permille((x, y, x + kept, y + 100), w, h))
     samples = read_rows(rows, REF_L4, '.')
-    done = answers(samples, boxes)
-    export_ref_l4(done, samples, tmp_path/'l4.json')
-    found = read_json(tmp_path/'l4.json')
-    assert [row['id'] for row in found] == [row['id'] for row in rows] and {*found[0]} == {'id', 'pred_bbox', 'format'}
-    for row, out, kept in zip(rows, found, KEPT):
+    done = [Trajectory(x.id, x.source, x.expression, x.truth, [box], [], []) for x, box in zip(samples, boxes)]
+    for row, t, kept in zip(rows, done, KEPT):      # as they are sent to that evaluator
         x, y = row['bbox'][:2]
-        assert np.allclose(out['pred_bbox'], (x, y, x + kept, y + 100) if kept else [0] * 4, atol=1e-9)
+        sent = to_pixels(t.boxes[0], row['width'], row['height']) if kept else (0, 0, 0, 0)
+        assert np.allclose(sent, (x, y, x + kept, y + 100) if kept else [0] * 4, atol=1e-9)
     score = ious(done, -1)
     acc = [hits(score, at, strict=True).mean() for at in (.5, .75, .9)]
     macc = np.mean([hits(score, at / 100, strict=True).mean() for at in range(50, 100, 5)])
     assert [round(100 * float(v), 4) for v in (*acc, macc)] == THEIRS
     assert hits(score, .5).mean() > acc[0]      # ours counts an IoU that is equal
-
-
-def test_export_checks_what_belongs_together(tmp_path):
-    samples = asked(3)
-    done = answers(samples, [[x.truth] for x in samples])
-    for write in (export_ref_l4, export_coco):
-        refused(lambda: write(done[:2], samples, tmp_path/'out.json'), '2 samples, not 3')
-        refused(lambda: write(done[::-1], samples, tmp_path/'out.json'), 'asked was 0')
-        with pytest.raises((ValueError, IndexError)): write(done, samples, tmp_path/'out.json', step=1)
-    assert not (tmp_path/'out.json').exists()
-
-
-def test_export_coco(tmp_path):
-    samples = asked(2) + read_rows([R1_ROW], VLM_R1, '.')
-    done = answers(samples, [[None, samples[0].truth], [samples[1].truth, None], [samples[2].truth] * 2], -.5)
-    export_coco(done, samples, tmp_path/'coco.json')
-    one, two = read_json(tmp_path/'coco.json')
-    assert np.allclose(one['bbox'], L4_ROW['bbox']) and np.allclose(two['bbox'], LMMS_ROW['bbox'])
-    assert (one['image_id'], two['image_id']) == (L4_ROW['file_name'], 581857) and one['category_id'] == 1
-    assert one['score'] == two['score'] == 1
-    export_coco(answers(samples, [[None]] * 3), samples, tmp_path/'none.json')
-    assert read_json(tmp_path/'none.json') == []
-
-
-@pytest.mark.parametrize('mode, unit', [('rel1000', (1000, 1000)), ('rel1', (1, 1)), ('abs', (1024, 741))])
-@pytest.mark.parametrize('form', ['boxes', 'texts'])
-def test_import(tmp_path, mode, unit, form):
-    samples = asked(25)
-    boxes = [[None, (100., 200., 500., 600.)], *([x.truth, x.truth] for x in samples[1:])]
-    def out(box):
-        box = box and to_pixels(box, *unit)
-        if form == 'boxes': return box
-        return 'nothing' if box is None else json.dumps(dict(bbox_2d=box))
-    rows = [{'id': x.id, form: [*map(out, pair)], 'confidences': [None, -.5]} for x, pair in zip(samples, boxes)]
-    write_jsonl(tmp_path/'rows.jsonl', rows[::-1])
-    done = import_predictions(tmp_path/'rows.jsonl', samples, mode)
-    for t, x, pair in zip(done, samples, boxes):
-        assert (t.id, t.source, t.expression, t.truth) == (x.id, x.source, x.expression, x.truth)
-        assert t.confidences == [None, -.5] and (t.boxes[0] is None) == (pair[0] is None)
-        for box, given_ in zip(t.boxes, pair): assert box is None or np.allclose(box, given_, atol=1e-9)
-    assert ious(done, -1)[1:].min() > .999
-
-
-def test_import_refuses(tmp_path):
-    samples, path = asked(3), tmp_path/'rows.jsonl'
-    def read(*rows, mode='rel1000'):
-        write_jsonl(path, rows)
-        return lambda: import_predictions(path, samples, mode)
-    good = [dict(id=k, boxes=[[1, 2, 3, 4]]) for k in range(3)]
-    assert len(read(*good)()) == 3
-    refused(read(*good[:2]), 'rows.jsonl', "'2'")
-    refused(read(*good, dict(id='x', boxes=[None])), 'rows.jsonl', "'x'")
-    refused(read(*good, good[0]), 'rows.jsonl', 'twice')
-    for bad in ([1, 2, 3], [1, 2, 3, 1001], [-1, 2, 3, 4], [3, 2, 1, 4], [1, 2, 1, 4], [1, 2, math.pi, '4'], [0, 0, 1e9, 9]):
-        refused(read(*good[:2], dict(id=2, boxes=[bad])), 'rows.jsonl', 'id 2, boxes')
-    for flat in (7, [], [1, 2, 3, 4], '[1, 2, 3, 4]', [5], [True], [dict(x0=1)], [[[1, 2, 3, 4]]], {}, None):
-        refused(read(*good[:2], dict(id=2, boxes=flat)), 'rows.jsonl', 'id 2, boxes')
-    for flat in ('[1, 2, 3, 4]', [], [7], [[1, 2, 3, 4]], None):
-        refused(read(*good[:2], dict(id=2, texts=flat)), 'rows.jsonl', 'id 2, texts')
-    refused(read(*good[:2], dict(id=2, boxes=[[1, 2, 3, 4]] * 2)), 'rows.jsonl', '2: 2 answers, not 1')
-    refused(read(*good[:2], good[2] | dict(confidences=[-1, -1])), 'rows.jsonl', '2')
-    refused(read(*good[:2], good[2] | dict(confidences=[.5])), 'rows.jsonl', '2: a log-probability above 0')
-    refused(read(dict(id=0), *good[1:]), 'rows.jsonl', '0')
-    refused(read(*good, mode='pixels'), 'rows.jsonl', 'pixels')
-
-
-def test_import_sees_pixels_read_as_permille(tmp_path):
-    """In small pictures no box in pixels goes as far as the truths do; a set of answers shows it."""
-    rows = [L4_ROW | dict(id=k, width=128, height=128, bbox=[60., 60., 60., 60.]) for k in range(25)]
-    samples = read_rows(rows, REF_L4, '.')
-    write_jsonl(tmp_path/'rows.jsonl', [dict(id=x.id, boxes=[to_pixels(x.truth, 128, 128)]) for x in samples])
-    refused(lambda: import_predictions(tmp_path/'rows.jsonl', samples), 'rows.jsonl', 'pixels?')
-    assert np.allclose(ious(import_predictions(tmp_path/'rows.jsonl', samples, 'abs')), 1)
-
-
-def test_texts_of_a_program_are_read_as_ours_are(tmp_path):
-    samples = asked(2)
-    write_jsonl(tmp_path/'rows.jsonl', [dict(id='0', texts=['I think ' + format_box((1, 2, 300, 400))]),
-                                        dict(id='1', texts=['no idea'])])
-    done = import_predictions(tmp_path/'rows.jsonl', samples)
-    assert [t.boxes for t in done] == [[(1, 2, 300, 400)], [None]] and done[1].texts == ['no idea']
