@@ -262,4 +262,4 @@ def main(
         found['rows'] += swaps
         print(json.dumps(found) if args.json else summary(found))
     write_page(page, found | dict(cards=gallery(test, samples)))
-    print(f'wrote {page}', file=sys.stderr)
+    print(f'wrote {page}', file=sys.stderr if args.json else sys.stdout)

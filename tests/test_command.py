@@ -26,6 +26,8 @@ def place(tmp_path_factory):
     """A folder that looks like the top of the project, where files may be left."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(ROOT / "data/examples", folder / "data/examples")
+    for name in ("naive", "verdict", "base"):
+        shutil.copytree(ROOT / "data/runs" / name, folder / "data/runs" / name)
     return folder
 
 
