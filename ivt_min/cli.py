@@ -187,14 +187,14 @@ OPTIONS = {     # of any command
     '--only': dict(help='name of one run'),
     '--list': FLAG | dict(help='only say what it costs')}
 ASKED = ('--truth --val --baseline --mode --truth-mode --layout --images --out '
-         '--model --data --steps --device --nf4 --batch')   # of an audit
+         '--model --data --steps --device --nf4 --batch --json')   # of an audit
 COMMANDS = dict(    # its function, what it takes, an example
     demo=(demo, '-n --model --steps --device --out', 'ivt_min demo -n 4 --out ivt_min_demo.jpg'),
     refine=(refine, 'image expression --model --steps --device --batch --json --out',
             'ivt_min refine data/examples/scene-0.png "the large red star" --json'),
     evaluate=(evaluate, 'model data --val --layout --images --steps --device --nf4 --batch --out',
               'ivt_min evaluate sft data/examples/rows.jsonl --out ivt_min_runs/example'),
-    audit=(audit, f'run {ASKED} --json', 'ivt_min audit data/runs/naive --baseline data/runs/base'),
+    audit=(audit, f'run {ASKED}', 'ivt_min audit data/runs/naive --baseline data/runs/base'),
     gallery=(audit, f'run {ASKED}', 'ivt_min gallery data/runs/naive'),
     reproduce=(reproduce, '--only --list', 'ivt_min reproduce --only grpo_paper-s0 --list'))
 
