@@ -269,11 +269,11 @@ class Run:
     def move(self, loss)->dict:     # loss that was back-propagated; the sum and the norm, or None
         "One update from the gradients of all processes; none where loss or norm is not finite."
         loss = total(loss)
+        self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
         for p in self.params.values():
             if p.grad is None: p.grad = torch.zeros_like(p)
             _add_up(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.s.clip).item()
-        self.opt.param_groups[0]['lr'] = rate(self.step, self.s)
         finite = math.isfinite(loss + norm)
         if finite: self.opt.step()
         self.opt.zero_grad()
