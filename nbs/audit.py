@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ivt_min.core import Sample, _dumps, data_path, from_row, read_jsonl, replace_file
+from ivt_min.core import Sample, _dumps, data_path, from_row, read_jsonl, replace_file, unique
 from ivt_min.boxes import iou, parse_box
 from ivt_min.render import open_image, show
 from ivt_min.evaluate import hits, ious, part_rows, result_row, table, target_size
@@ -256,8 +256,12 @@ def main(
         chosen_on = None if args.model else args.val    # a model's are kept beside the others
         if chosen_on or [*run.glob('val.jsonl*')]: val, _ = answers(args, chosen_on or run, 'val')
         controls = {}
+        unique(Path(other).stem for other in args.baseline)
         for other in args.baseline:     # each with its own label-free answer
-            controls[Path(other).stem], _ = label_free(answers(args, other, samples=samples)[0])
+            done, _ = answers(args, other, samples=samples)
+            lost = [t.id for t in done if 'nobody answered' in t.notes]
+            if lost: raise ValueError(f'{other}: {lost[0]} is not answered: no fair control')
+            controls[Path(other).stem], _ = label_free(done)
         found = audit(run.stem, test, val, controls, samples)
         found['rows'] += swaps
         print(json.dumps(found) if args.json else summary(found))

@@ -281,6 +281,8 @@ def test_gallery_shows_what_went_wrong(samples):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     shutil.copytree(ROOT/"data/examples", folder/"data/examples")
+    lines = (ROOT/"data/examples/theirs.jsonl").read_bytes().splitlines(True)
+    (folder/"part.jsonl").write_bytes(b"".join(lines[:2]))
     return folder
 
 
@@ -308,6 +310,8 @@ def test_json_and_page_say_the_same(place):
     ("audit data/examples/theirs.jsonl --mode abs --out page.xyz", ["page.xyz"]),
     ("audit data/examples/theirs.jsonl --mode abs --truth data/examples/rows.jsonl", ["row 1", "test-0000", "nobody"]),
     ("audit data/examples/theirs.jsonl --mode abs --baseline data/examples/rows.jsonl", ["rows.jsonl", "row 1"]),
+    ("audit data/examples/theirs.jsonl --mode abs --baseline part.jsonl", ["part.jsonl", "test-0002", "fair"]),
+    ("audit data/examples/theirs.jsonl --mode abs --baseline part.jsonl --baseline data/../part.jsonl", ["'part'", "twice"]),
     ("audit --model nonsense", ["nonsense"])])
 def test_a_mistake_is_one_line(place, line, words):
     before = set(place.rglob("*"))
