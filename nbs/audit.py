@@ -15,8 +15,8 @@ from ivt_min.scenes import split
 from ivt_min.columns import (COLUMNS, RULES, columns, compare, dynamics, holm, label_free,
                              single)
 from ivt_min.evidence import placebo, power, reliability, risk_coverage
-from ivt_min.datasets import (LAYOUTS, _SIZE, _at, _must, _picture, _rows_of, missed,
-                              read_rows)
+from ivt_min.datasets import (LAYOUTS, _SIZE, _at, _must, _picture, _read, _rows_of, _side,
+                              missed, read_rows)
 
 _CALLED = dict(     # what other programs call the fields of a row
     question='expression', problem='expression', normal_caption='expression',
@@ -37,7 +37,7 @@ def _asked(row, name, mode, images):
     "The sample that a row of answers tells of itself; `truth` in its meta: the numbers as written."
     image = None
     with suppress(ValueError): image = _picture(row.get('image'), images)
-    size = [row.get(side) for side in _SIZE]
+    size = [_read(row, side, _side) if side in row else None for side in _SIZE]
     if mode == 'abs' and None in size: size = open_image(image or 'neither size nor picture').size
     truth = _read_box(row.get('truth'), mode, size)
     _must(truth.box and 'ordered' not in truth.repairs, f'truth {row.get("truth")}: no {mode} box')
@@ -85,7 +85,8 @@ def read_answers(
     done, seen = {}, []
     for i, row in enumerate(_rows_of(path)):
         with _at(f'{path}, row {i + 1}'):
-            row = {_CALLED.get(field, field): value for field, value in dict(row).items()}
+            _must(type(row) is dict, 'not a dict')
+            row = {_CALLED.get(field, field): value for field, value in row.items()}
             name = str(row.get('id', f'{path.stem}-{i:04d}'))
             _must(name not in done, f'id {name!r} is there twice')
             if samples is None:
@@ -153,6 +154,7 @@ def in_words(
     if gain['low'] > 0: head = 'Gain'
     if gain['low'] > 0 and any(of[rival]['low'] <= 0 for rival in rivals):
         head = 'Gain over the first answer, not shown over every control,'
+    if gain['n'] < 20: head = 'Too few samples to tell of a gain'   # for an interval
     against = [f'{said[rival]} against {rival[14:]}' for rival in rivals]
     return (f'{head} without labels: {said["label-free vs step 0"]} of mean IoU, n = {gain["n"]} '
             f'(rule: {rule}); {"; ".join(against) or "no control of equal compute was given"}; '
@@ -167,10 +169,14 @@ def audit(
     samples=(),     # list of core.Sample, in the same order; their `single` answers are a control
 ):              # dict, as JSON: verdict, rows, n, rule, least, needed, warnings
     "Everything that is to be said of a loop's answers, and the verdict first."
+    if len(test) < 2: raise ValueError(f'{name}: {len(test)} sample; an audit takes some more')
     free, rule = label_free(test, val)
     controls = dict(controls or {})
-    if any('single' in x.meta for x in samples):
-        controls['single'] = [replace(t, boxes=[x.meta.get('single')])
+    lacking = [x.id for x in samples if 'single' not in x.meta]
+    if lacking and len(lacking) < len(samples):
+        raise ValueError(f'{name}: {lacking[0]} has no `single`, others have: no fair control')
+    if samples and not lacking:
+        controls['single'] = [replace(t, boxes=[x.meta['single']])
                               for t, x in zip(free, samples)]
     gain = ious(free) - ious(test)
     parts = [[t.source for t in test], [*map(target_size, test)]]

@@ -210,7 +210,7 @@ BAD = [     # what is wrong in row 2, and what the message says of it
     (dict(boxes=[True, None]), "four numbers"), (dict(truth=None), "truth"), (dict(truth=[1, 2, 3]), "four numbers"),
     (dict(truth=[300, 300, 100, 100]), "truth"), (dict(truth=[5, 5, 5, 9]), "truth"), (dict(truth="nothing"), "truth"),
     (dict(confidences=[-1]), "length"), (dict(confidences=["x", 0]), ""), (dict(confidences=[1e999, 0]), ""),
-    (dict(kept=5), "keep"), (dict(verdicts=[1]), "length"), (dict(id="q0"), "twice"), (dict(single=[1, 2]), "four numbers")]
+    (dict(width="640", height=480), "width"), (dict(kept=5), "keep"), (dict(verdicts=[1]), "length"), (dict(id="q0"), "twice"), (dict(single=[1, 2]), "four numbers")]
 
 
 @pytest.mark.parametrize("bad, words", BAD)
@@ -232,6 +232,21 @@ def test_what_is_wrong_with_an_answer_is_said_and_counts(tmp_path):
     assert found["warnings"] == {
         "clipped": ["q0"], "no box": ["q0", "q4"], "text differs": ["q1"], "log-probability above 0": ["q2"],
         "ordered": ["q3"], "stopped before": ["q3"]}
+
+
+@pytest.mark.parametrize("n, words", [(1, "1 sample"), (6, "Too few samples"), (19, "Too few samples"), (20, "Gain without")])
+def test_few_samples_carry_no_verdict(tmp_path, n, words):
+    write_jsonl(tmp_path/"log.jsonl", [row(k) for k in range(n)])
+    done, asked = read_answers(tmp_path/"log.jsonl")
+    if n == 1:
+        with pytest.raises(ValueError, match=words): audit("log", done, samples=asked)
+    else: assert audit("log", done, samples=asked)["verdict"].startswith(words)
+
+
+def test_a_control_that_is_not_there_for_all_is_none(tmp_path):
+    write_jsonl(tmp_path/"log.jsonl", [row(k, **({"single": [1, 2, 3, 4]} if k else {})) for k in range(20)])
+    done, asked = read_answers(tmp_path/"log.jsonl")
+    with pytest.raises(ValueError, match="q0 has no `single`"): audit("log", done, samples=asked)
 
 
 # ---- the page
