@@ -26,7 +26,7 @@ def place(tmp_path_factory):
     """A folder that looks like the top of the project, where files may be left."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(ROOT / "data/examples", folder / "data/examples")
-    for name in ("naive", "verdict", "base"):
+    for name in ("naive", "base"):
         shutil.copytree(ROOT / "data/runs" / name, folder / "data/runs" / name)
     return folder
 
@@ -54,7 +54,7 @@ def readme_lines():
     return blocks((ROOT / "README.md").read_text("utf-8"), "console")
 
 
-EXAMPLES = readme_lines() + [example for *_, example in COMMANDS.values()]
+EXAMPLES = list(dict.fromkeys(readme_lines() + [example for *_, example in COMMANDS.values()]))
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
