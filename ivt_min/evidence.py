@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['placebo', 'power', 'reliability', 'risk_coverage']
 
-# %% ../nbs/14_evidence.ipynb #bf9cc547
+# %% ../nbs/14_evidence.ipynb #080fbd11
 import math
 from dataclasses import replace
 import numpy as np
@@ -13,12 +13,12 @@ from .boxes import area
 from .core import rng
 from .evaluate import result_row
 
-# %% ../nbs/14_evidence.ipynb #79dab974
+# %% ../nbs/14_evidence.ipynb #5ea70ce6
 def placebo(
     trajectories,   # list of Trajectory of a loop
     seed=0,         # of who moves as whom
 ):                  # list of Trajectory, in the same order
-    "The same first boxes, each moved as that of another sample was; a box that is lost stays lost."
+    "The same first boxes, each moved as that of another sample was; where it was lost, not moved."
     n = len(trajectories)
     order = rng('placebo', seed).permutation(n)
     other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))   # nobody moves as itself
@@ -34,13 +34,13 @@ def _moved_as(t, other):
     return replace(t, boxes=[first, *map(moved, other.boxes[1:])],
                    confidences=[], texts=[], notes=[], verdicts=[], kept=None)
 
-# %% ../nbs/14_evidence.ipynb #0738273e
+# %% ../nbs/14_evidence.ipynb #a5205bb8
 def power(differences):     # (n,), new - old, n >= 2
     "The least mean that so many show four times in five; how many would show .01 so often."
     reach = 2.8 * float(np.std(differences, ddof=1))    # 1.96 for the interval, .84 for 4 in 5
     return reach / math.sqrt(len(differences)), math.ceil((reach / .01) ** 2)
 
-# %% ../nbs/14_evidence.ipynb #dc92ada6
+# %% ../nbs/14_evidence.ipynb #9bfce552
 def reliability(
     run,    # its name
     said,   # (n,), probability that an answer is right, as the model says
@@ -51,7 +51,7 @@ def reliability(
     return [dict(result_row(run, 'reliability', f'bin {k:.0f}', right[bin_of == k]),
                  said=float(said[bin_of == k].mean())) for k in np.unique(bin_of)]
 
-# %% ../nbs/14_evidence.ipynb #80870df8
+# %% ../nbs/14_evidence.ipynb #91424050
 def risk_coverage(
     run,    # its name
     sure,   # (n,), higher where the model is surer; the order counts

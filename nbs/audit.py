@@ -55,6 +55,7 @@ def _answered(row, x, mode):
     notes = [[q.error, *q.repairs, 'text differs' if q.box != p.box else '']
              for p, q in zip(found, heard)]
     if 'single' in row: x.meta['single'] = _read_box(row['single'], mode, _size(x)).box
+    _must(type(row.get('kept')) in (int, type(None)), 'kept: not the number of a box')
     more = {field: row[field] for field in ('confidences', 'verdicts', 'kept') if field in row}
     return from_row(more | dict(
         id=x.id, source=x.source, expression=x.expression, truth=x.truth, texts=texts,
@@ -95,6 +96,8 @@ def read_answers(
             done[name], raws = _answered(row, asked[name], mode)
             seen += [(raw, _size(asked[name])) for raw in raws]
     _must(seen, f'{path}: no box in it')
+    keeps = [t.kept is not None for t in done.values() if any(t.boxes)]
+    _must(sum(keeps) in (0, len(keeps)), f'{path}: `kept` in {sum(keeps)} of {len(keeps)} rows')
     _check_unit(seen, mode, f'{path}: answers')
     if samples is None:
         truths = [(x.meta['truth'], _size(x)) for x in asked.values()]
@@ -204,7 +207,8 @@ def gallery(
         picture = None
         with suppress(ValueError):
             picture = b64encode(show(x.image, side=side)._repr_jpeg_()).decode()
-        cards.append(dict(vars(t), ious=scores, picture=picture))
+        said = [(text or '')[:1000] for text in t.texts]
+        cards.append(dict(vars(t), ious=scores, picture=picture, texts=said))
     return cards
 
 def write_page(
@@ -213,7 +217,8 @@ def write_page(
 ):          # nothing
     "Write an audit as a page that needs nothing else: no network, no other file."
     page = data_path('audit.html').read_text('utf-8')
-    lessons = os.path.relpath(data_path().parent/'nbs', Path(path).parent)
+    lessons, home = data_path().parent/'nbs', Path(path).resolve().parent
+    lessons = os.path.relpath(lessons, home) if home.is_relative_to(lessons.parent) else ''
     # no text can end the script that holds it
     data = _dumps(dict(found, lessons=lessons)).replace('<', '\\u003c')
     replace_file(path, page.replace('"FOUND"', data).encode())
@@ -262,7 +267,7 @@ def main(
         chosen_on = None if args.model else args.val    # a model's are kept beside the others
         if chosen_on or [*run.glob('val.jsonl*')]: val, _ = answers(args, chosen_on or run, 'val')
         controls = {}
-        unique(Path(other).stem for other in args.baseline)
+        unique(['step 0', 'single', *(Path(other).stem for other in args.baseline)])
         for other in args.baseline:     # each with its own label-free answer
             done, _ = answers(args, other, samples=samples)
             lost = [t.id for t in done if 'nobody answered' in t.notes]

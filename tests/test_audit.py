@@ -213,7 +213,7 @@ BAD = [     # what is wrong in row 2, and what the message says of it
     (dict(boxes=[True, None]), "four numbers"), (dict(truth=None), "truth"), (dict(truth=[1, 2, 3]), "four numbers"),
     (dict(truth=[300, 300, 100, 100]), "truth"), (dict(truth=[5, 5, 5, 9]), "truth"), (dict(truth="nothing"), "truth"),
     (dict(confidences=[-1]), "length"), (dict(confidences=["x", 0]), ""), (dict(confidences=[1e999, 0]), ""),
-    (dict(width="640", height=480), "width"), (dict(kept=5), "keep"), (dict(verdicts=[1]), "length"), (dict(id="q0"), "twice"), (dict(single=[1, 2]), "four numbers")]
+    (dict(width="640", height=480), "width"), (dict(kept=5), "keep"), (dict(kept=1.), "kept"), (dict(kept=True), "kept"), (dict(verdicts=[1]), "length"), (dict(id="q0"), "twice"), (dict(single=[1, 2]), "four numbers")]
 
 
 @pytest.mark.parametrize("bad, words", BAD)
@@ -244,6 +244,11 @@ def test_few_samples_carry_no_verdict(tmp_path, n, words):
     if n == 1:
         with pytest.raises(ValueError, match=words): audit("log", done, samples=asked)
     else: assert audit("log", done, samples=asked)["verdict"].startswith(words)
+
+
+def test_a_loop_keeps_a_box_in_all_rows_or_in_none(tmp_path):
+    write_jsonl(tmp_path/"log.jsonl", [row(0, kept=1), row(1)])
+    with pytest.raises(ValueError, match="`kept` in 1 of 2 rows"): read_answers(tmp_path/"log.jsonl")
 
 
 def test_a_control_that_is_not_there_for_all_is_none(tmp_path):
