@@ -83,7 +83,7 @@ def single(
 def choose_rule(val):  # list of Trajectory, of the validation run; one of RULES
     "The rule with the highest mean IoU; the first of equals. ValueError where there is nothing."
     _must(val, 'no validation run that could choose a rule')
-    def miou(rule): return round(float(ious(single(val, rule)).mean()), 9)
+    def miou(rule): return round(float(np.mean([iou(pick(t, rule), t.truth) for t in val])), 9)
     return max(RULES, key=miou)
 
 # %% ../nbs/08_columns.ipynb #60868679

@@ -276,17 +276,24 @@ def test_fewer_samples_than_prompts(tmp_path):
         train_grpo(None, {}, split("train", 1), TINY, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    """Settings, samples, and the weights of a training by them that nothing stops."""
+    s, few = replace(TINY, loop=replace(TINY.loop, max_tokens=4), steps=3, every=2), split("train", 5)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(grpo, "reward", by_ids)
+        vlm, params = lesson(.1)
+        train_grpo(vlm, params, few, s, tmp_path_factory.mktemp("uncut") / "whole")
+    return s, few, {n: p.detach().clone() for n, p in params.items()}
+
+
 @pytest.mark.parametrize("name, count", [
     ("collect_rollouts", 0), ("collect_rollouts", 2), ("logps", 0), ("logps", 1), ("logps", 5), ("grpo_loss", 4),
     ("rollout_stats", 1), ("advantage", 2)])
-def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch, name, count):
+def test_ctrl_c_in_the_same_process_changes_not_a_bit(tmp_path, monkeypatch, uncut, name, count):
     """Also while the reference acts in place of the adapter that is trained."""
-    s = replace(TINY, loop=replace(TINY.loop, max_tokens=4), steps=3, every=2)
+    s, few, whole = uncut
     monkeypatch.setattr(grpo, "reward", by_ids)
-    few = split("train", 5)
-    vlm, params = lesson(.1)
-    train_grpo(vlm, params, few, s, tmp_path / "whole")
-    whole = {n: p.detach().clone() for n, p in params.items()}
     vlm, params = lesson(.1)
     inner, calls = getattr(grpo, name), iter(range(10**6))
 

@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
+from nbconvert import PythonExporter
 from safetensors.torch import load_file
 
 from ivt_min.train import ranks, total
@@ -20,7 +22,7 @@ def start(n, *words, cwd=ROOT, **more):
     """A line for Python, by so many processes."""
     how = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", **more)
+    env |= dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", TORCHDYNAMO_DISABLE="1", **more)
     return subprocess.run([sys.executable, *how, *map(str, words)], capture_output=True, text=True,
                           cwd=cwd, env=env, timeout=300)
 
@@ -43,20 +45,34 @@ def close(a, b):
         for k in one: assert one[k] == pytest.approx(two[k], rel=1e-6, abs=1e-9), k
 
 
-@pytest.mark.parametrize("what", ["sft", "grpo"])
-def test_two_are_as_one(tmp_path, what):
-    for n in (1, 2):
-        done = start(n, *JOB, what, tmp_path / str(n))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a job's run by so many processes leaves; each is made once."""
+    @cache
+    def made(n, what):
+        folder = tmp_path_factory.mktemp(f"{what}-{n}") / "run"
+        done = start(n, *JOB, what, folder)
         assert done.returncode == 0, done.stderr[-2000:]
-    close(last(tmp_path / "1"), last(tmp_path / "2"))
-    shutil.copytree(tmp_path / "2", tmp_path / "cut")   # stopped with two, it goes on with one
-    shutil.rmtree(sorted((tmp_path / "cut").glob("[0-9]*"))[-1])
-    done = start(1, *JOB, what, tmp_path / "cut")
+        return folder
+    return made
+
+
+def cut(folder, to):
+    """A copy of a run that was stopped before its last checkpoint."""
+    shutil.copytree(folder, to)
+    shutil.rmtree(sorted(to.glob("[0-9]*"))[-1])
+    return to
+
+
+@pytest.mark.parametrize("what", ["sft", "grpo"])
+def test_two_are_as_one(tmp_path, whole, what):
+    close(last(whole(1, what)), last(whole(2, what)))
+    done = start(1, *JOB, what, cut(whole(2, what), tmp_path / "cut"))  # stopped with two, it goes on with one
     assert done.returncode == 0, done.stderr[-2000:]
-    close(last(tmp_path / "1"), last(tmp_path / "cut"))
+    close(last(whole(1, what)), last(tmp_path / "cut"))
 
 
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path, whole):
     done = start(2, *JOB, "sft", tmp_path / "run", 2)
     assert done.returncode != 0
     assert [p.name for p in sorted((tmp_path / "run").glob("[0-9]*"))] == ["000001", "000002"]
@@ -64,9 +80,7 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
     assert len(told) <= 1 and all("another process has ended" in line for line in told)
     again = start(2, *JOB, "sft", tmp_path / "run")
     assert again.returncode == 0, again.stderr[-2000:]
-    whole = start(2, *JOB, "sft", tmp_path / "whole")
-    assert whole.returncode == 0
-    (x, log), (y, other) = last(tmp_path / "run"), last(tmp_path / "whole")
+    (x, log), (y, other) = last(tmp_path / "run"), last(whole(2, "sft"))
     assert log == other and all(torch.equal(x[k], y[k]) for k in x)
 
 
@@ -76,22 +90,18 @@ def test_who_stays_is_told_who_left(tmp_path):
     assert "rank_job: another process has ended: start all of them again" in done.stderr
 
 
-def test_processes_go_on_from_one_step(tmp_path):
+def test_processes_go_on_from_one_step(tmp_path, whole):
     """A folder that only one of them sees: nothing is learned from a mixture."""
-    assert start(1, *JOB, "sft", tmp_path / "0").returncode == 0
-    shutil.rmtree(sorted((tmp_path / "0").glob("[0-9]*"))[-1])
+    cut(whole(1, "sft"), tmp_path / "0")
     done = start(2, *JOB, "apart", tmp_path)
     assert done.returncode != 0 and "other processes see another" in done.stderr
 
 
-def test_a_run_goes_on_with_less_memory(tmp_path):
+def test_a_run_goes_on_with_less_memory(tmp_path, whole):
     """Micro-batches and checkpointing are no other run: the next start may take smaller ones."""
-    assert start(1, *JOB, "sft", tmp_path / "run").returncode == 0
-    whole = last(tmp_path / "run")
-    shutil.rmtree(sorted((tmp_path / "run").glob("[0-9]*"))[-1])
-    done = start(1, *JOB, "micro", tmp_path / "run")
+    done = start(1, *JOB, "micro", cut(whole(1, "sft"), tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]
-    close(whole, last(tmp_path / "run"))
+    close(last(whole(1, "sft")), last(tmp_path / "run"))
 
 
 def test_prompts_that_do_not_divide_are_refused(tmp_path):
@@ -100,36 +110,30 @@ def test_prompts_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_an_evaluation_is_the_same_file(tmp_path):
-    """Rows, order, every digit; stopped with two processes, it goes on with one."""
+    """Rows, order, every digit: of two processes, and of one that goes on where two were stopped."""
     shutil.copytree(ROOT / "data/examples", tmp_path / "rows")
     rows = (tmp_path / "rows/rows.jsonl").read_text().splitlines()
     (tmp_path / "rows/many.jsonl").write_text("\n".join(
         json.dumps(json.loads(row) | dict(id=f"{k}-{i}")) for k in range(3) for i, row in enumerate(rows)))
     words = "-m", "ivt_min.cli", "evaluate", "sft", "rows/many.jsonl", "--device", "cpu", "--batch", "4"
-    for n in (1, 2):
-        how = words if n == 1 else ("-m", *words[1:])
-        done = start(n, *how, "--out", f"run-{n}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("kept in") == 1    # one of them speaks
-    one, two = ((tmp_path / f"run-{n}/test.jsonl").read_bytes() for n in (1, 2))
-    assert one == two and not list(tmp_path.glob("run-*/*.part*"))
-    (tmp_path / "run-1/test.jsonl").unlink()
-    kept = one.splitlines(True)
-    (tmp_path / "run-1/test.part1-77").write_bytes(b"".join(kept[4:8]) + kept[12][:40])
-    again = start(1, *words, "--out", "run-1", cwd=tmp_path)
-    assert again.returncode == 0 and (tmp_path / "run-1/test.jsonl").read_bytes() == one
+    done = start(2, *words, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("kept in") == 1 and not list(tmp_path.glob("run/*.part*"))     # one of them speaks
+    whole = (tmp_path / "run/test.jsonl").read_bytes()
+    (tmp_path / "run/test.jsonl").unlink()
+    kept = whole.splitlines(True)
+    (tmp_path / "run/test.part1-77").write_bytes(b"".join(kept[4:8]) + kept[12][:40])
+    again = start(1, *words, "--out", "run", cwd=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "run/test.jsonl").read_bytes() == whole
 
 
 def test_the_page_about_scale_is_a_program(tmp_path):
     """45_scale as two processes, on the tiny model: from rows to the table, and once more."""
-    page = ROOT / "nbs/lab/45_scale.ipynb"
-    made = start(1, "-m", "nbconvert", "--to", "python", "--output-dir", tmp_path, page)
-    assert made.returncode == 0, made.stderr
-    code = (tmp_path / "45_scale.py").read_text()
+    code, _ = PythonExporter().from_filename(ROOT / "nbs/lab/45_scale.ipynb")
     (tmp_path / "45_scale.py").write_text("import os; os.environ['IVT_DATA'] = 'rec'\n" + code)
     with Server(tmp_path, tiny=True) as server:
-        for _ in range(2):      # the second time nothing is asked or learned again
-            done = start(2, "45_scale.py", cwd=tmp_path, IVT_SERVER=server.url)
+        for n in (2, 1):    # the second time nothing is asked or learned again
+            done = start(n, "45_scale.py", cwd=tmp_path, IVT_SERVER=server.url)
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count("| loop | oracle") == 1
         assert len(server.asked()) == 18

@@ -1,4 +1,4 @@
-"""What the studies repeat: `%run studies.py` in one of them gives it `answers`, `keep_run`, `run_of`.
+"""What the studies repeat: `%run studies.py` in one of them gives it `answers`, `keep_run`, `run_of`, `rule_of`.
 
 [30_lab](30_lab.ipynb) shows what each of them does.
 """
@@ -7,6 +7,7 @@ import os
 import time
 from functools import cache
 from pathlib import Path
+from ivt_min.columns import choose_rule
 from ivt_min.core import data_path, read_json, settings_hash, write_json, write_jsonl
 from ivt_min.evaluate import read_run
 from ivt_min.loop import record
@@ -60,9 +61,16 @@ def keep_run(
 _asked = cache(split)
 
 
+@cache
 def run_of(
     name,           # of a run below data/runs
     part='test',    # or 'val', 'confirm'
 ):                  # list of Trajectory; raises ValueError unless they answer the whole split
     "The stored answers of a run to a split."
     return read_run(data_path(f'runs/{name}'), part, _asked(part))
+
+
+@cache
+def rule_of(name):
+    "The label-free rule of a run: the one that its loop has, or that its validation split chooses."
+    return 'kept' if run_of(name)[0].kept is not None else choose_rule(run_of(name, 'val'))
