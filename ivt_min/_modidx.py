@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ivt_min.core._dumps': ('core.html#_dumps', 'ivt_min/core.py'),
                               'ivt_min.core._floats': ('core.html#_floats', 'ivt_min/core.py'),
                               'ivt_min.core._line': ('core.html#_line', 'ivt_min/core.py'),
+                              'ivt_min.core._lines': ('core.html#_lines', 'ivt_min/core.py'),
                               'ivt_min.core._loads': ('core.html#_loads', 'ivt_min/core.py'),
                               'ivt_min.core._must': ('core.html#_must', 'ivt_min/core.py'),
                               'ivt_min.core._plain': ('core.html#_plain', 'ivt_min/core.py'),

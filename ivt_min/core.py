@@ -7,7 +7,7 @@ __all__ = ['Sample', 'Trajectory', 'to_row', 'from_row', 'data_path', 'replace_f
            'append_jsonl', 'read_jsonl', 'rng', 'distinct', 'unique', 'settings_hash']
 
 # %% ../nbs/00_core.ipynb #b1a262c7
-import gzip, hashlib, json, os
+import gzip, hashlib, json, os, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.util import find_spec
@@ -157,20 +157,23 @@ def append_jsonl(
 # %% ../nbs/00_core.ipynb #107a1de9
 _LONGEST = 10**7    # of a line, bytes
 
+def _lines(path):
+    unpack = gzip.open if Path(path).suffix == '.gz' else open
+    try:
+        with unpack(path, 'rb') as f:
+            while line := f.readline(_LONGEST + 1): yield line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path}: {e}') from None
+
 def read_jsonl(path):  # file
     "Read the rows, dicts, of `path`; raises ValueError that names the file and the line."
     rows = []
-    n = 0
-    unpack = gzip.open if Path(path).suffix == '.gz' else open
-    with unpack(path, 'rb') as f:
-        while line := f.readline(_LONGEST + 1):
-            n += 1
-            with _at(f'{path}, line {n}'):
-                _must(len(line) <= _LONGEST, 'over 10 MB')
-                if not line.strip(): continue
-                row = _loads(line)
-                _must(type(row) is dict, 'not a dict')
-            rows.append(row)
+    for n, line in enumerate(_lines(path)):
+        with _at(f'{path}, line {n + 1}'):
+            _must(len(line) <= _LONGEST, 'over 10 MB')
+            if not line.strip(): continue
+            row = _loads(line)
+            _must(type(row) is dict, 'not a dict')
+        rows.append(row)
     return rows
 
 # %% ../nbs/00_core.ipynb #c5ce651d

@@ -70,7 +70,7 @@ def _check_unit(seen, mode, what):
     held = {unit: np.mean(end) for unit, end in ends.items()
             if (far <= end).mean() >= (.5 if few else .95)}
     guess = min(held, key=held.get, default='pixels of larger pictures')
-    fine = mode in held and (guess == mode or few)
+    fine = mode in held and (guess == mode or few and guess != 'rel1')
     _must(fine, f'{what}: read as {mode}, but the numbers look like {guess}')
 
 def read_answers(
@@ -114,6 +114,7 @@ def _differences(name, test, free, controls):
     tried = {'last': single(test, 'last'), 'label-free': free, 'oracle': single(test, 'oracle'),
              'placebo oracle': single(placebo(test), 'oracle')}
     pairs = {f'{new} vs step 0': (own, first) for new, own in tried.items()}
+    pairs |= {'oracle vs placebo': (tried['oracle'], tried['placebo oracle'])}
     pairs |= {f'label-free vs {other}': (free, own) for other, own in controls.items()}
     rows = [row | dict(column=column) for column, (new, old) in pairs.items()
             for row in compare(name, column, new, old)]
@@ -134,13 +135,15 @@ def _knows(name, test):
     return reliability(name, chance[asked], right[asked]) + risk_coverage(
         name, np.where(asked, said, others), right)
 
-def _warnings(test):
+def _warnings(test, val=None):
     "What must be said of the answers -> the ids of those samples."
-    found = {}
+    known = {(t.expression, t.truth) for t in val or []}
+    twice = [t.id for t in test if (t.expression, t.truth) in known]
+    found = {'the same question in val, by another name': twice} if twice else {}
     for t in test:
         above = ['log-probability above 0' for v in t.confidences if (v or 0) > 0]
-        for what in {*'; '.join([*t.notes, *above]).split('; ')} - {''}:
-            found.setdefault(what, []).append(t.id)
+        said = dict.fromkeys('; '.join([*t.notes, *above]).split('; '))
+        for what in filter(None, said): found.setdefault(what, []).append(t.id)
     return found
 
 def in_words(
@@ -191,7 +194,7 @@ def audit(
                                ious(single(test, other)) - ious(test)))
     least, needed = power(gain if gain.any() else ious(test, -1) - ious(test))
     return dict(verdict=in_words(rows, rule), run=name, n=len(test), rule=rule, rows=rows,
-                least=least, needed=needed, warnings=_warnings(test))
+                least=least, needed=needed, warnings=_warnings(test, val))
 
 def gallery(
     test,       # list of Trajectory
@@ -243,9 +246,12 @@ def summary(found):     # dict of `audit`; text
     values = [row for row in found['rows'] if row['column'] in COLUMNS]
     compared = [row for row in found['rows'] if ' vs ' in row['column']]
     metrics = 'd_acc50', 'd_acc70', 'd_acc90', 'd_miou'
+    swapped = [row for row in found['rows'] if row['column'].startswith('swap')]
+    shares = [x for x in ('truth', 'drawn', 'said', 'yes') if x in {r['metric'] for r in swapped}]
+    swaps = swapped and table(swapped, shares)
     said = [f'{what}: {len(ids)} samples, such as {ids[0]}'
             for what, ids in found['warnings'].items()]
-    parts = found['verdict'], table(values), table(compared, metrics), '\n'.join(said)
+    parts = found['verdict'], table(values), table(compared, metrics), swaps, '\n'.join(said)
     return '\n\n'.join(map(str, filter(str, parts)))
 
 def main(
@@ -257,6 +263,8 @@ def main(
     "Read or ask, audit, print, and write the page."
     if not (args.run or args.model): raise ValueError('a RUN, or a --model that is asked')
     page = writable(args.out or f'ivt_min_{args.command}.html')
+    if page.suffix != '.html': raise ValueError(f'--out {page}: a page ends in .html')
+    if args.model and args.steps == 0: raise ValueError('--steps 0: one answer is no loop')
     run = Path(args.run or kept_in(args))
     samples = read_rows(args.truth, LAYOUTS[args.layout], args.images) if args.truth else None
     swaps, val = [], None

@@ -1,4 +1,5 @@
 """The audit kit: answers of any program, the figures, the page in a real browser, the command."""
+import gzip
 import json
 import re
 import shutil
@@ -306,6 +307,7 @@ def place(tmp_path_factory):
     shutil.copytree(ROOT/"data/examples", folder/"data/examples")
     lines = (ROOT/"data/examples/theirs.jsonl").read_bytes().splitlines(True)
     (folder/"part.jsonl").write_bytes(b"".join(lines[:2]))
+    (folder/"torn.jsonl.gz").write_bytes(gzip.compress(b"".join(lines))[:3000])
     return folder
 
 
@@ -332,7 +334,9 @@ def test_json_and_page_say_the_same(place):
     ("audit data/examples/theirs.jsonl --mode abs --baseline data/examples/rows.jsonl", ["rows.jsonl", "row 1"]),
     ("audit data/examples/theirs.jsonl --mode abs --baseline part.jsonl", ["part.jsonl", "test-0002", "fair"]),
     ("audit data/examples/theirs.jsonl --mode abs --baseline part.jsonl --baseline data/../part.jsonl", ["'part'", "twice"]),
-    ("audit --model nonsense", ["nonsense"])])
+    ("audit data/examples/theirs.jsonl --mode abs --out page.png", ["page.png", ".html"]),
+    ("audit torn.jsonl.gz", ["torn.jsonl.gz", "ended before"]),
+    ("audit --model tiny --steps 0", ["--steps 0", "no loop"]), ("audit --model nonsense", ["nonsense"])])
 def test_a_mistake_is_one_line(place, line, words):
     before = set(place.rglob("*"))
     done = run(place, line)
